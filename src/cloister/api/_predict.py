@@ -1,0 +1,146 @@
+"""`predict`: a client of a finished run asks the tuned model; neither its text nor the tuned layers are shown."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cloister.attest import Policy, SimulatedRoot
+from cloister.enclave import host_call
+from cloister.errors import AttestationError, ConfigError, EnclaveError, FederationError
+from cloister.federation import Questioner, ServerLink
+
+from ._folder import RunFolder
+from ._launch import Launch, Programs
+from ._plans import client_plan
+
+if TYPE_CHECKING:
+    from cloister.attest import Decision
+    from cloister.config import Job
+    from cloister.federation import ClientPlan
+
+    from ._events import OnEvent
+
+CALL_TIMEOUT_S = 300.0
+MAX_NEW_TOKENS = 64
+
+
+def predict(
+    run_dir: str | Path,
+    client: str,
+    texts: Sequence[str | tuple[str, str]],
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    on_event: OnEvent | None = None,
+    programs: Programs | None = None,
+) -> list[dict[str, Any]]:
+    """Asks the tuned model of a finished run, as one of its clients.
+
+    The near side runs here; only sealed boundary tensors go to the server enclave, after this client has verified the
+    enclave's evidence under its policy. An enclave that still serves is asked; otherwise it is started again from its
+    sealed checkpoint.
+
+    Args:
+        run_dir: folder of the run, for instance `runs/latest`.
+        client: which of the run's clients asks; its node key proves it.
+        texts: texts, or pairs of texts, to classify; or prompts to complete.
+        max_new_tokens: longest completion (causal-lm), greedy.
+
+    Returns:
+        One dict a text: {"label", "probability", "probabilities"} or {"completion"}.
+
+    Raises:
+        ConfigError: no such run or client.
+        AttestationError: the enclave's evidence was refused; no boundary tensor was sent.
+    """
+    folder = RunFolder.open(Path(run_dir))
+    job = folder.read_job()
+    if client not in job.client_names:
+        raise ConfigError(
+            f"{client} is no client of {folder.run_id}", hint=f"its clients are {', '.join(job.client_names)}"
+        )
+    if not folder.result.is_file():
+        raise FederationError(f"{folder.run_id} is not finished", hint="resume it with `cloister run --resume`")
+    tell = on_event or (lambda _event: None)
+    plan = client_plan(job, folder, Policy.load(folder.policy), client, with_data=False)
+    with _enclave(job, folder, tell, programs) as socket_path:
+        link = ServerLink(plan, now=time.time, on_decision=lambda found: tell(_decision_event(client, found)))
+        questioner = Questioner(plan, link, lambda blob: _exchange(socket_path, client, blob))
+        questioner.connect()
+        return _ask(plan, questioner, list(texts), max_new_tokens)
+
+
+def _exchange(socket_path: Path, client: str, blob: bytes) -> bytes:
+    answer = host_call(socket_path, "exchange", {"client": client, "blob": blob}, timeout_s=CALL_TIMEOUT_S)
+    return answer["blob"]
+
+
+@contextmanager
+def _enclave(job: Job, folder: RunFolder, tell: OnEvent, programs: Programs | None) -> Iterator[Path]:
+    """The host port of a server enclave with the trained model: one that serves, or a fresh one for this call."""
+    serving = folder.serving_socket()
+    if serving is not None:
+        try:
+            if host_call(serving, "status", {}, timeout_s=5.0)["done"]:
+                yield serving
+                return
+        except EnclaveError:
+            pass  # the file is older than the process that it speaks of: start one
+    SimulatedRoot.open(folder.simulated).refresh(now=int(time.time()))
+    with Launch(job, folder, on_event=tell, programs=programs) as launch:
+        launch.start_server()
+        launch.wait_until_serving()
+        yield launch.server_socket
+
+
+def _ask(plan: ClientPlan, questioner: Questioner, texts: list[Any], max_new_tokens: int) -> list[dict[str, Any]]:
+    from cloister.slicing import inspect_backbone, load_near, load_tokenizer
+    from cloister.train import NearEncoder
+
+    info = inspect_backbone(plan.model.path)
+    tokenizer = load_tokenizer(info)
+    near = load_near(info, plan.model.cut_layer)
+    encoder = NearEncoder(
+        near, tokenizer, plan.task, boundary=plan.model.boundary, batch_size=plan.near_batch_size,
+        model_max_length=info.max_length,
+    )  # fmt: skip
+    if plan.task.name == "sequence-classification":
+        answers = questioner.ask(encoder.question(texts))
+        return [_classified(answer["probabilities"], plan.task.labels) for answer in answers]
+    return [_complete(text, encoder, questioner, tokenizer, max_new_tokens) for text in texts]
+
+
+def _classified(probabilities: list[float], labels: tuple[str, ...]) -> dict[str, Any]:
+    best = max(range(len(labels)), key=lambda i: probabilities[i])
+    return {
+        "label": labels[best],
+        "probability": probabilities[best],
+        "probabilities": dict(zip(labels, probabilities, strict=True)),
+    }
+
+
+def _complete(prompt: str, encoder: Any, questioner: Questioner, tokenizer: Any, limit: int) -> dict[str, Any]:
+    """Greedy completion: the near side runs over the growing text here, the enclave names the next token.
+
+    Every step sends the whole sequence's boundary tensor again; caches on both sides are the serving issue's.
+    """
+    made: list[int] = []
+    for _ in range(limit):
+        question = encoder.question_continued(prompt, made)
+        if question is None:
+            break  # the model's length limit
+        token = questioner.ask(question)[0]["next_token"]
+        if token == tokenizer.eos_token_id:
+            break
+        made.append(token)
+    return {"completion": tokenizer.decode(made, skip_special_tokens=True), "n_tokens": len(made)}
+
+
+def _decision_event(client: str, found: Decision | AttestationError) -> dict[str, Any]:
+    base = {"t": time.time(), "source": f"client/{client}", "event": "evidence", "client": client}
+    if isinstance(found, AttestationError):
+        return base | {"accepted": False, "reasons": list(found.reasons), "error": found.code, "claims": {}}
+    return base | {"accepted": True, "reasons": list(found.reasons), "claims": found.claims.to_dict()}

@@ -1,0 +1,71 @@
+"""A run's folder from a checked job: node keys, the simulated platform, and the policy every client will apply."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cloister._files import write_whole
+from cloister.attest import Policy, SimulatedRoot, expected_rtmr3, measure_folder, measure_package, write_policy
+from cloister.errors import StoreError
+from cloister.federation import generate_node_key, load_node_key, register_node_key, write_node_key
+from cloister.slicing import inspect_backbone, local_folder
+
+from ._folder import RunFolder
+
+if TYPE_CHECKING:
+    from cloister.config import Job
+
+
+def set_up(job: Job, runs_dir: Path) -> RunFolder:
+    """Creates `runs/<id>` with everything that the processes of a run need.
+
+    Raises:
+        StoreError: the folder cannot be written.
+        ConfigError: the job's own policy or a node key is not usable.
+    """
+    folder = RunFolder.create(runs_dir, job.name)
+    try:
+        folder.write_job(job)
+        (folder.path / "model").symlink_to(local_folder(inspect_backbone(job.model.path)).resolve())
+        for name in job.client_names:
+            _node_key(job, folder, name)
+        platform = SimulatedRoot.create(folder.simulated, now=int(time.time()))
+        if job.policy.file is None:
+            _write_policy(job, folder, platform)
+        else:
+            write_whole(folder.policy, Path(job.policy.file).read_bytes())
+            Policy.load(folder.policy)
+    except BaseException:
+        shutil.rmtree(folder.path, ignore_errors=True)  # nothing half-written
+        raise
+    folder.link_latest()
+    return folder
+
+
+def _node_key(job: Job, folder: RunFolder, name: str) -> None:
+    try:
+        folder.client(name).mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise StoreError(f"cannot create {error.filename}: {error.strerror}", path=str(folder.path)) from error
+    own = job.client(name).node_key
+    if own is None:
+        generate_node_key(folder.node_key(name))
+    else:
+        write_node_key(load_node_key(Path(own)), folder.node_key(name))
+    register_node_key(folder.node_key(name), folder.registered_key(name))
+
+
+def _write_policy(job: Job, folder: RunFolder, platform: SimulatedRoot) -> None:
+    """A strict policy for this machine's simulated platform: this release, this job, these weights, nothing else."""
+    write_policy(folder.policy, root_sha256=platform.root_sha256, server_rtmr3=())
+    template = Policy.load(folder.policy).template_sha384
+    rtmr3 = expected_rtmr3(
+        package=measure_package(),
+        job_sha384=job.sha384,
+        policy_template=template,
+        weights=measure_folder(folder.model),
+    )
+    write_policy(folder.policy, root_sha256=platform.root_sha256, server_rtmr3=(rtmr3,))

@@ -1,0 +1,176 @@
+"""The command's entry: arguments, exit codes, and how errors are shown. Starts fast: nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from cloister import __version__
+from cloister.cli import _help
+from cloister.errors import AttestationError, CloisterError, ConfigError
+
+EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h.
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it.
+EXIT_TERMINATED = 143  # 128 + SIGTERM.
+EXIT_PIPE = 141  # 128 + SIGPIPE.
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which is cleaned up after like Ctrl-C."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    args = build_parser().parse_args(argv)
+    _set_up(debug=args.debug)
+    try:
+        return int(args.command(args) or 0)
+    except CloisterError as error:
+        show_error(error, as_json=getattr(args, "json", False))
+        return error.exit_code
+    except KeyboardInterrupt as stop:
+        _talk("error: stopped; everything that was started is down")
+        return EXIT_TERMINATED if isinstance(stop, Terminated) else EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone (`cloister run --json | head`). Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
+    except Exception as error:
+        # The one place that catches everything: a person must not meet a traceback, and must learn that it is our fault.
+        if args.debug:
+            raise
+        return _show_bug(error)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line. Command functions are bound by name and imported when called."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="log to stderr, and show the traceback of a bug")
+    parser = argparse.ArgumentParser(
+        prog="cloister",
+        description=_help.CLOISTER,
+        epilog=_help.EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"cloister {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, text: str, example: str) -> argparse.ArgumentParser:
+        child = commands.add_parser(
+            name,
+            help=text.partition("\n")[0],
+            description=text,
+            epilog=example,
+            parents=[common],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        child.set_defaults(command=lambda args: _call(name, args))
+        return child
+
+    _add_quickstart(add("quickstart", *_help.QUICKSTART))
+    init = add("init", *_help.INIT)
+    init.add_argument("path", nargs="?", default="job.toml", metavar="PATH", help="the new file (default: job.toml)")
+    check = add("check", *_help.CHECK)
+    check.add_argument("job", metavar="JOB", help="a job file")
+    _add_run(add("run", *_help.RUN))
+    _add_predict(add("predict", *_help.PREDICT))
+    return parser
+
+
+def _call(name: str, args: argparse.Namespace) -> int:
+    from cloister.cli import _commands
+
+    return getattr(_commands, name)(args)
+
+
+def _add_views(parser: argparse.ArgumentParser) -> None:
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--json", action="store_true", help="events and the result as JSON lines on stdout")
+    shown.add_argument("--plain", action="store_true", help="plain lines, as when stdout is no terminal")
+    parser.add_argument("--runs-dir", default="runs", metavar="DIR", help="where run folders go (default: runs)")
+
+
+def _add_quickstart(parser: argparse.ArgumentParser) -> None:
+    _add_views(parser)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", nargs="?", metavar="JOB", help="a job file; with --resume the run's own if left out")
+    parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a run that was stopped, such as runs/latest")
+    parser.add_argument("--serve", action="store_true", help="keep the enclave up for predictions, until Ctrl-C")
+    _add_views(parser)
+
+
+def _add_predict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", required=True, metavar="RUN_DIR", help="a finished run, such as runs/latest")
+    parser.add_argument("--client", required=True, metavar="NAME", help="the client that asks")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("texts", nargs="*", default=[], metavar="TEXT", help="texts to classify, or prompts")
+    given.add_argument("--file", metavar="F", help="one text a line, or .jsonl with the client's columns; - is stdin")
+    parser.add_argument("--json", action="store_true", help="one JSON object for each text on stdout")
+
+
+def _set_up(*, debug: bool) -> None:
+    # Libraries must not draw bars or print advice over our views.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    handler = logging.StreamHandler() if debug else logging.NullHandler()
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[handler])
+    signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def show_error(error: CloisterError, *, as_json: bool = False) -> None:
+    """`error:` and `hint:` lines on stderr; every problem of a configuration, every reason of a refusal."""
+    if as_json:
+        fields = {"event": "error", "code": error.code, "cause": error.cause, "hint": error.hint}
+        sys.stdout.write(json.dumps({**fields, "exit_code": error.exit_code}) + "\n")
+        sys.stdout.flush()
+    if isinstance(error, ConfigError):
+        where = f"{error.source}: " if error.source else ""
+        for problem in error.problems:
+            _talk(f"error: {where}{problem}")
+            if problem.hint:
+                _talk(f"hint: {problem.hint}")
+        hints = {problem.hint for problem in error.problems}
+        if error.hint and error.hint not in hints:
+            _talk(f"hint: {error.hint}")
+        return
+    _talk(f"error: {error.cause}")
+    if isinstance(error, AttestationError):
+        for reason in error.reasons:
+            if reason != error.cause:
+                _talk(f"  - {reason}")
+    if error.hint:
+        _talk(f"hint: {error.hint}")
+
+
+def _show_bug(error: Exception) -> int:
+    """Says that it is a bug and where its traceback lies. The traceback names files and lines, and no data."""
+    handle, path = tempfile.mkstemp(prefix="cloister-bug-", suffix=".log")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        # Only the frames: the text of an unexpected exception may hold a row of somebody's data.
+        file.write(f"cloister {__version__}, python {sys.version.split()[0]}\n")
+        file.writelines(traceback.format_tb(error.__traceback__))
+        file.write(f"{type(error).__name__}\n")
+    _talk(f"error: this is a bug in cloister ({type(error).__name__})")
+    _talk(f"hint: please report it with {Path(path)}; --debug shows the whole traceback")
+    return EXIT_BUG
+
+
+def _talk(line: str) -> None:
+    sys.stderr.write(line + "\n")

@@ -1,0 +1,198 @@
+"""How a run shows itself: plain lines and JSON lines here, the live view in `_live`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Protocol, Self, TextIO
+
+from cloister.cli._board import Board
+from cloister._format import human_bytes, human_metric, human_time
+
+Event = dict[str, Any]
+
+STAMP = "SIMULATED"
+PROGRESS_EVERY_S = 5.0
+
+PHASE_WORDS = {
+    "start": "start the enclave, the relay and the clients",
+    "handshake": "shake hands: every client checks the server enclave's evidence",
+    "prepare": "run the near side over the text, seal and upload",
+    "train": "train the far side in the server enclave",
+    "evaluate": "evaluate on held-out examples",
+    "baselines": "train what the result is compared with",
+    "finish": "hand out the signed report, close the sessions",
+}
+
+
+class View(Protocol):
+    """Shows a run while it goes on. A context manager, called with every event in order."""
+
+    board: Board
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None: ...
+
+    def __call__(self, event: Event) -> None: ...
+
+
+def choose_view(*, as_json: bool, plain: bool) -> View:
+    """JSON if asked for; the live view on a terminal; plain lines everywhere else."""
+    if as_json:
+        return JsonView(sys.stdout)
+    if plain or not (sys.stdout.isatty() and sys.stderr.isatty()):
+        return PlainView(sys.stderr)
+    from cloister.cli._live import LiveView
+
+    return LiveView()
+
+
+class _BaseView:
+    def __init__(self) -> None:
+        self.board = Board()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+class JsonView(_BaseView):
+    """Every event as one JSON object a line, flushed at once, for programs."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def __call__(self, event: Event) -> None:
+        self.board.apply(event)
+        self._stream.write(json.dumps(event, separators=(",", ":"), ensure_ascii=False) + "\n")
+        self._stream.flush()
+
+
+class PlainView(_BaseView):
+    """A line for each noteworthy event; progress at most every few seconds and once at its end."""
+
+    def __init__(self, stream: TextIO, *, every_s: float = PROGRESS_EVERY_S) -> None:
+        super().__init__()
+        self._stream = stream
+        self._every_s = every_s
+        self._last_t: dict[str, float] = {}
+        self._ended: set[str] = set()
+
+    def __call__(self, event: Event) -> None:
+        self.board.apply(event)
+        for line in self._lines(event):
+            elapsed = human_time(self.board.last_t - self.board.started_t)
+            self._stream.write(f"[{elapsed:>5}] {line}\n")
+        self._stream.flush()
+
+    def _lines(self, event: Event) -> list[str]:
+        kind = event.get("event")
+        if kind == "progress":
+            return self._progress(event)
+        if kind == "step":
+            return self._step(event)
+        return event_lines(event, self.board)
+
+    def _progress(self, event: Event) -> list[str]:
+        client = str(event["client"])
+        upload = self.board.uploads[client]
+        if not self._is_due(f"progress/{client}", ended=upload.n_done >= upload.n_total):
+            return []
+        share = 100 * upload.n_done // max(1, upload.n_total)
+        sent = f"{share:3} %  {upload.n_done}/{upload.n_total} examples, {human_bytes(upload.n_bytes)} sealed"
+        return [f"  {client}: {sent}{_left(upload.seconds_left())}"]
+
+    def _step(self, event: Event) -> list[str]:
+        model = str(event.get("model", "federated"))
+        training = self.board.trainings[model]
+        if not self._is_due(f"step/{model}", ended=training.step >= training.n_steps):
+            return []
+        loss = f", loss {training.losses[-1]:.3f}" if training.losses else ""
+        name = "" if model == "federated" else f"{model}: "
+        speed = f", {training.examples_per_s:.0f} examples/s"
+        return [f"  {name}step {training.step}/{training.n_steps}{loss}{speed}{_left(training.seconds_left())}"]
+
+    def _is_due(self, key: str, *, ended: bool) -> bool:
+        """Rate limit: the first, then one each `every_s`, and the end exactly once."""
+        if key in self._ended:
+            return False
+        now = self.board.last_t
+        due = ended or key not in self._last_t or now - self._last_t[key] >= self._every_s
+        if due:
+            self._last_t[key] = now
+        if ended:
+            self._ended.add(key)
+        return due
+
+
+def event_lines(event: Event, board: Board) -> list[str]:
+    """The lines of an event that every view for people shows, and none for those that only move a bar."""
+    formatter = _FORMATTERS.get(str(event.get("event")))
+    return formatter(event, board) if formatter is not None else []
+
+
+def _run_lines(event: Event, _: Board) -> list[str]:
+    lines = [f"run {event.get('run_id')}: {', '.join(event.get('clients', []))}"]
+    if event.get("simulated"):
+        lines.append(f"{STAMP}: the server enclave is a hardened process on this machine, not a TEE")
+    return lines
+
+
+def _phase_lines(event: Event, _: Board) -> list[str]:
+    phase = str(event.get("phase"))
+    if event.get("status") != "begin" or phase not in PHASE_WORDS:
+        return []
+    return [f"{phase}: {PHASE_WORDS[phase]}"]
+
+
+def _evidence_lines(event: Event, board: Board) -> list[str]:
+    """A client's decision in full; from the second client on, only what differs from the first."""
+    client, reasons = event.get("client"), list(event.get("reasons", []))
+    stamp = f" [{STAMP}]" if event.get("claims", {}).get("simulated") else ""
+    if not event.get("accepted"):
+        code = f" ({event['error']})" if event.get("error") else ""
+        head = f"{client} REFUSES the server enclave{code}{stamp}; it sends nothing:"
+        return [head, *(f"    no  {reason}" for reason in reasons)]
+    first = next(iter(board.evidence.values()))
+    if first is not event and first.get("accepted") and len(first.get("reasons", [])) == len(reasons):
+        return [f"{client} accepts the server enclave{stamp}: the same {len(reasons)} checks under its own policy"]
+    return [f"{client} accepts the server enclave{stamp}:", *(f"    ok  {reason}" for reason in reasons)]
+
+
+def _metric_lines(event: Event, board: Board) -> list[str]:
+    if event.get("value") is None:
+        return []
+    value = human_metric(str(event["name"]), float(event["value"]))
+    when = str(event.get("when"))
+    words = {"before": "before training", "after": "tuned together", "epoch": f"epoch {event.get('epoch')}"}
+    return [f"  {event['name']} {value}: {words.get(when, when.replace('-', ' ').replace('alone/', 'alone, '))}"]
+
+
+def _restart_lines(event: Event, _: Board) -> list[str]:
+    return [f"{event.get('process')} died and was started again (attempt {event.get('attempt')})"]
+
+
+def _warning_lines(event: Event, _: Board) -> list[str]:
+    return [f"warning: {event.get('cause')}"]
+
+
+_FORMATTERS: dict[str, Callable[[Event, Board], list[str]]] = {
+    "run": _run_lines,
+    "phase": _phase_lines,
+    "evidence": _evidence_lines,
+    "metric": _metric_lines,
+    "restart": _restart_lines,
+    "warning": _warning_lines,
+}
+
+
+def _left(seconds: float | None) -> str:
+    return f", {human_time(seconds)} left" if seconds is not None and seconds > 0 else ""

@@ -1,0 +1,288 @@
+"""The job file as frozen models: what may be said in it, in which types and ranges.
+
+Cross-checks between sections live in `_rules`, reading and error texts in `_load`, checks against the disk in `_check`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator
+
+if TYPE_CHECKING:
+    from cloister.adapters import LoraSpec
+    from cloister.train import Columns, TaskSpec, TrainSpec
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,31}$"
+"""A client's name: it becomes a file name, a process name and a field of every record header."""
+
+_MIB = 2**20
+
+# TOML is typed, so a quoted number is a mistake that pydantic's lax mode would hide. A float may be written as an
+# integer.
+Int = Annotated[int, Strict()]
+Float = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Bool = Annotated[bool, Strict()]
+Text = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False, hide_input_in_errors=True)
+
+
+class TaskConfig(_Section):
+    """`[task]`: what the model learns to do."""
+
+    name: Literal["sequence-classification", "causal-lm"]
+    labels: tuple[Text, ...] = ()
+    pooling: Literal["mean", "cls", "last"] | None = None
+    max_length: Annotated[Int, Field(ge=2, le=1_000_000)] | None = None
+    on_too_long: Literal["error", "truncate"] = "error"
+
+
+class ModelConfig(_Section):
+    """`[model]`: the public backbone and where it is cut."""
+
+    path: Text
+    cut_layer: Annotated[Int, Field(ge=0)] | None = None
+
+
+class MethodConfig(_Section):
+    """`[method]`: how the work is divided between clients and server."""
+
+    name: Literal["split"] = "split"
+    boundary: Literal["int8", "bf16", "fp32"] = "int8"
+    near_batch_size: Annotated[Int, Field(ge=1, le=4096)] = 32
+
+
+class AdapterConfig(_Section):
+    """`[adapter]`: the trained parameters added to the far side."""
+
+    name: Literal["lora"] = "lora"
+    r: Annotated[Int, Field(ge=1, le=1024)] = 8
+    alpha: Annotated[Float, Field(gt=0)] = 16
+    dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+    use_rslora: Bool = False
+
+    # Unions are checked by hand: pydantic reports one error for each branch, which reads as several problems.
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _targets_are_names(cls, value: object) -> object:
+        names = isinstance(value, (list, tuple)) and value and all(isinstance(name, str) and name for name in value)
+        if value != "all-linear" and not names:
+            raise ValueError('must be "all-linear" or a list of layer names')
+        return value
+
+
+class TrainingConfig(_Section):
+    """`[training]`: the far side's optimiser and its schedule."""
+
+    epochs: Annotated[Int, Field(ge=1, le=100_000)] = 3
+    batch_size: Annotated[Int, Field(ge=1, le=65_536)] = 16
+    grad_accumulation: Annotated[Int, Field(ge=1, le=65_536)] = 1
+    lr: Annotated[Float, Field(gt=0, le=10)] = 1e-3
+    weight_decay: Annotated[Float, Field(ge=0, le=10)] = 0.01
+    warmup_ratio: Annotated[Float, Field(ge=0, le=1)] = 0.06
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    max_grad_norm: Annotated[Float, Field(gt=0)] = 1.0
+    seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
+    checkpoint_every_steps: Annotated[Int, Field(ge=1)] = 50
+    max_steps: Annotated[Int, Field(ge=1)] | None = None
+
+
+class EvaluationConfig(_Section):
+    """`[evaluation]`: what the tuned model is compared with."""
+
+    baselines: tuple[Literal["majority", "linear-head", "alone"], ...] = ("majority",)
+
+
+class ColumnsConfig(_Section):
+    """`[clients.columns]`: which of a client's columns hold what. Local to the client."""
+
+    text: Text = "text"
+    text_b: Text | None = None
+    label: Text = "label"
+    prompt: Text = "prompt"
+    completion: Text = "completion"
+
+
+class ClientConfig(_Section):
+    """`[[clients]]`: one institution. Only its name and weight are shared; the rest stays on its machine."""
+
+    name: Name
+    train: Text
+    test: Text
+    columns: ColumnsConfig = ColumnsConfig()
+    where: dict[str, Any] = Field(default_factory=dict)
+    split: Text | None = None
+    node_key: Text | None = None
+    weight: Annotated[Float, Field(gt=0)] = 1.0
+
+    @field_validator("where")
+    @classmethod
+    def _where_compares_with_plain_values(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for column, wanted in value.items():
+            if not isinstance(wanted, (bool, int, float, str)):
+                raise ValueError(f"compares the column {column!r} with something that is no text, number or boolean")
+        return value
+
+    def column_map(self) -> Columns:
+        """This client's columns as the data readers take them."""
+        from cloister.train import Columns
+
+        return Columns(**self.columns.model_dump())
+
+
+class PolicyConfig(_Section):
+    """`[policy]`: the allow-list that decides which enclave a client talks to."""
+
+    file: Text | None = None
+
+
+class StoreConfig(_Section):
+    """`[store]`: the untrusted place that carries sealed shards. `options` may hold credentials and is never shown."""
+
+    url: Text | None = None
+    shard_max_bytes: Annotated[Int, Field(ge=64 * 1024, le=1024 * _MIB)] = 64 * _MIB
+    options: dict[str, Any] = Field(default_factory=dict, repr=False)
+
+
+class FederationConfig(_Section):
+    """`[federation]`: the untrusted relay, and how long to wait for whom."""
+
+    min_clients: Annotated[Int, Field(ge=1)] | None = None
+    timeout_s: Annotated[Float, Field(gt=0)] = 3600.0
+    patience_s: Annotated[Float, Field(gt=0)] = 10.0
+    tls: Bool = True
+    port: Annotated[Int, Field(ge=1, le=65_535)] | None = None
+
+
+class EnclaveConfig(_Section):
+    """`[enclave]`: the trusted process of the server."""
+
+    backend: Literal["simulated"] = "simulated"
+    memory_budget_bytes: Annotated[Int, Field(ge=16 * _MIB)] = 2048 * _MIB
+
+
+class ReleaseConfig(_Section):
+    """`[release]`: what leaves the server enclave when training is over, and while it runs."""
+
+    what: Literal["none", "adapter", "weights"] = "none"
+    live_metrics: Bool = True
+
+
+class Job(_Section):
+    """One training run, as all its parties agree on it, with this machine's own paths filled in.
+
+    Build it with `load_job` or `parse_job`, which report every problem at once.
+    """
+
+    version: Literal[1] = 1
+    name: Name
+    task: TaskConfig
+    model: ModelConfig
+    method: MethodConfig = MethodConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    clients: Annotated[tuple[ClientConfig, ...], Field(min_length=1, max_length=1000)]
+    policy: PolicyConfig = PolicyConfig()
+    store: StoreConfig = StoreConfig()
+    federation: FederationConfig = FederationConfig()
+    enclave: EnclaveConfig = EnclaveConfig()
+    release: ReleaseConfig = ReleaseConfig()
+
+    @field_validator("version", mode="before")
+    @classmethod
+    def _version_is_an_integer(cls, value: object) -> object:
+        if isinstance(value, bool):
+            raise ValueError("must be the integer 1")
+        return value
+
+    @property
+    def client_names(self) -> tuple[str, ...]:
+        """The clients' names in the order of the file."""
+        return tuple(client.name for client in self.clients)
+
+    @property
+    def min_clients(self) -> int:
+        """How many clients must stay for the run to go on; all of them unless the job says otherwise."""
+        return self.federation.min_clients or len(self.clients)
+
+    def client(self, name: str) -> ClientConfig:
+        """The client of that name; KeyError if the job has none."""
+        for client in self.clients:
+            if client.name == name:
+                return client
+        raise KeyError(name)
+
+    def canonical_bytes(self) -> bytes:
+        """The part of the job that all parties agree on, as canonical JSON (public).
+
+        Left out are what one party alone decides and what differs from machine to machine: each client's paths,
+        columns, filters and key, the store's credentials and local folder, the policy's path (its content is agreed
+        by hash in the handshake), the relay's port and the folder above the backbone (its weights are measured).
+        """
+        shared = self.model_dump(mode="json")
+        shared["model"]["path"] = _shared_model_name(self.model.path)
+        shared["clients"] = [
+            {"name": client.name, "weight": client.weight} for client in sorted(self.clients, key=lambda c: c.name)
+        ]
+        del shared["policy"]
+        del shared["store"]["options"]
+        if self.store.url is not None and "://" not in self.store.url:
+            del shared["store"]["url"]
+        del shared["federation"]["port"]
+        del shared["enclave"]["memory_budget_bytes"]
+        return json.dumps(shared, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+    @property
+    def sha384(self) -> bytes:
+        """SHA-384 of `canonical_bytes`: what a client's operator approves and the enclave's measurement contains."""
+        return hashlib.sha384(self.canonical_bytes()).digest()
+
+    def task_spec(self, *, is_encoder: bool | None = None) -> TaskSpec:
+        """The task as `train` takes it. Without a pooling in the job, encoders get mean and decoders last.
+
+        Reads the backbone's configuration when neither the job nor the caller says which of the two it is.
+        """
+        from cloister.train import TaskSpec
+
+        pooling = self.task.pooling
+        if pooling is None:
+            if is_encoder is None:
+                from cloister.slicing import inspect_backbone
+
+                is_encoder = inspect_backbone(self.model.path).is_encoder
+            pooling = "mean" if is_encoder else "last"
+        return TaskSpec(
+            name=self.task.name,
+            labels=self.task.labels,
+            pooling=pooling,
+            max_length=self.task.max_length,
+            on_too_long=self.task.on_too_long,
+        )
+
+    def train_spec(self) -> TrainSpec:
+        """The optimiser's part as `train` takes it; clients' weights only where they differ from 1."""
+        from cloister.train import TrainSpec
+
+        weights = tuple((client.name, client.weight) for client in self.clients)
+        weighted = any(weight != 1.0 for _, weight in weights)
+        return TrainSpec(**self.training.model_dump(), client_weights=weights if weighted else None)
+
+    def lora_spec(self) -> LoraSpec:
+        """The adapter as `adapters` takes it."""
+        from cloister.adapters import LoraSpec
+
+        return LoraSpec(**self.adapter.model_dump(exclude={"name"}))
+
+
+def _shared_model_name(path: str) -> str:
+    """A hub name as it is; of a local folder only its own name, because the rest differs between machines."""
+    return Path(path).name if Path(path).is_absolute() else path

@@ -1,0 +1,71 @@
+"""A run over many parties: the state machine of server enclave and clients, and Flower as the untrusted relay.
+
+The only package that imports Flower, and only in its relay and couriers: what runs inside an enclave (`ServerRun`) or
+over an institution's text (`ClientRun`) never loads it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cloister.federation._asking import Questioner
+    from cloister.federation._client import ClientRun, ServerLink
+    from cloister.federation._keys import (
+        generate_node_key,
+        load_node_key,
+        read_node_key,
+        register_node_key,
+        write_node_key,
+    )
+    from cloister.federation._plan import ClientPlan, ModelPlan, ServerPlan
+    from cloister.federation._relay import ClientEndpoint, Relay
+    from cloister.federation._server import ServerRun
+
+_HOME = {
+    "ClientEndpoint": "_relay",
+    "ClientPlan": "_plan",
+    "ClientRun": "_client",
+    "ModelPlan": "_plan",
+    "Questioner": "_asking",
+    "Relay": "_relay",
+    "ServerLink": "_client",
+    "ServerPlan": "_plan",
+    "ServerRun": "_server",
+    "generate_node_key": "_keys",
+    "load_node_key": "_keys",
+    "read_node_key": "_keys",
+    "register_node_key": "_keys",
+    "write_node_key": "_keys",
+}
+
+__all__ = [
+    "ClientEndpoint",
+    "ClientPlan",
+    "ClientRun",
+    "ModelPlan",
+    "Questioner",
+    "Relay",
+    "ServerLink",
+    "ServerPlan",
+    "ServerRun",
+    "generate_node_key",
+    "load_node_key",
+    "read_node_key",
+    "register_node_key",
+    "write_node_key",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

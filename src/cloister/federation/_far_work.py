@@ -1,0 +1,216 @@
+"""The far side inside the server enclave: load, train, evaluate, compare, release, predict."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from cloister.errors import FederationError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cloister.attest import Attester
+    from cloister.slicing import BackboneInfo, FarSide
+    from cloister.train import FeatureSource, ShardBody, StepInfo, TaskSpec
+
+    from ._plan import ServerPlan
+    from ._state import RunState
+
+
+class FarWork:
+    """Owns the far side of one run. Everything it holds is *secret*: it never leaves the enclave but as the job's
+    release says."""
+
+    def __init__(
+        self,
+        plan: ServerPlan,
+        state: RunState,
+        attester: Attester,
+        *,
+        emit: Callable[..., None],
+        stop: threading.Event,
+    ) -> None:
+        self._plan = plan
+        self._state = state
+        self._attester = attester
+        self._emit = emit
+        self._stop = stop
+        self._info: BackboneInfo | None = None
+        self._far: FarSide | None = None
+        self._source: FeatureSource | None = None
+        self._release: bytes | None = None
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"FarWork(loaded={self._far is not None})"
+
+    # --- loading --------------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Loads the frozen far side and places the adapter; with a finished run, its trained state too."""
+        self._far = self._fresh_far()
+        if self._state.phase in ("finish", "done"):
+            self._checkpointer().load_final(self._far)
+
+    def _fresh_far(self) -> FarSide:
+        """A far side as training starts from it; the same at every call, for every model that is compared."""
+        from cloister.adapters import add_lora
+
+        far = self._frozen_far()
+        add_lora(far, self._plan.lora, seed=self._plan.train.seed)
+        return far
+
+    def _frozen_far(self) -> FarSide:
+        from cloister.slicing import inspect_backbone, load_far
+
+        plan = self._plan
+        self._info = self._info or inspect_backbone(plan.model.path)
+        return load_far(
+            self._info,
+            plan.model.cut_layer,
+            task=plan.task.name,
+            n_labels=len(plan.task.labels) or None,
+            pooling=plan.task.pooling,
+            seed=plan.train.seed,
+        )
+
+    def open_features(self) -> None:
+        """Verifies every shard against its manifest and opens the features for training."""
+        from cloister.train import FeatureSource
+
+        self._source = FeatureSource(
+            [(manifest, self._plan.inbox) for _, manifest in sorted(self._state.manifests.items())],
+            memory_budget_bytes=self._plan.memory_budget_bytes,
+        )
+
+    # --- phases ---------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Trains over the global shuffle of all clients' features; continues from the sealed checkpoint."""
+        from cloister.train import FarTrainer, evaluate
+
+        far, source = self._loaded()
+        if self._plan.task.name == "causal-lm" and "before" not in self._state.results:
+            before = evaluate(far, source, self._plan.task).as_dict()
+            self._state.set_result("before", before)
+            self._tell_metric("before", before)
+        trainer = FarTrainer(
+            far,
+            self._plan.train,
+            self._plan.lora,
+            self._plan.task,
+            source,
+            checkpoint=self._checkpointer(),
+            on_step=self._tell_step("federated"),
+            stop=self._stop,
+        )
+        result = trainer.train()
+        if not self._stop.is_set():
+            self._state.set_result("losses", [round(loss, 6) for loss in result.losses])
+
+    def evaluate(self) -> None:
+        """Metrics on the held-out features of every client, per client and overall."""
+        from cloister.train import evaluate
+
+        if "metric" in self._state.results:
+            return
+        far, source = self._loaded()
+        self._checkpointer().load_final(far)
+        metric = evaluate(far, source, self._plan.task).as_dict()
+        self._state.set_result("metric", metric)
+        self._tell_metric("after", metric)
+
+    def baselines(self) -> None:
+        """What the tuned model is compared with; each result is kept as soon as it is there."""
+        from cloister.train import alone_baseline, linear_head_baseline, majority_baseline
+
+        plan, (_, source) = self._plan, self._loaded()
+        done: dict[str, Any] = dict(self._state.results.get("baselines", {}))
+        for name in plan.baselines:
+            if self._stop.is_set():
+                return
+            if name == "majority" and "majority" not in done:
+                done["majority"] = majority_baseline(source, plan.task)
+                self._tell_metric("majority", done["majority"])
+            elif name == "linear-head" and "linear_head" not in done:
+                done["linear_head"] = linear_head_baseline(self._frozen_far(), source, plan.task, seed=plan.train.seed)
+                self._tell_metric("linear-head", done["linear_head"])
+            elif name == "alone":
+                alone = dict(done.get("alone", {}))
+                for client in source.clients:
+                    if client not in alone and not self._stop.is_set():
+                        alone[client] = alone_baseline(
+                            self._fresh_far(), source, client, plan.train, plan.lora, plan.task,
+                            on_step=self._tell_step(f"alone/{client}"), stop=self._stop,
+                        )  # fmt: skip
+                        if self._stop.is_set():
+                            return
+                        self._tell_metric(f"alone/{client}", alone[client])
+                        done["alone"] = alone
+                        self._state.set_result("baselines", done)
+            self._state.set_result("baselines", done)
+
+    def release_bytes(self) -> bytes:
+        """What the job lets leave the enclave, as safetensors; empty for `release = "none"`."""
+        if self._plan.release == "none":
+            return b""
+        if self._release is None:
+            from cloister.train import export_release
+
+            far, _ = self._loaded(features=False)
+            self._release = release = export_release(far, self._plan.release)
+            return release
+        return self._release
+
+    # --- prediction -----------------------------------------------------------------------------------------------
+
+    def predict(self, body: ShardBody) -> list[dict[str, Any]]:
+        """One answer per example of the request: label probabilities, or the next token (causal-lm)."""
+        from cloister.train import predict
+
+        far, _ = self._loaded(features=False)
+        with self._lock:
+            answers: Tensor = predict(far, [body.example(i) for i in range(len(body))], self._plan.task)
+        if self._plan.task.name == "sequence-classification":
+            return [{"probabilities": [float(p) for p in row]} for row in answers]
+        return [{"next_token": int(token)} for token in answers]
+
+    @property
+    def task(self) -> TaskSpec:
+        return self._plan.task
+
+    @property
+    def hidden_size(self) -> int:
+        if self._info is None:
+            raise FederationError("the far side is not loaded yet")
+        return self._info.hidden_size
+
+    # --- helpers --------------------------------------------------------------------------------------------------
+
+    def _loaded(self, *, features: bool = True) -> tuple[FarSide, Any]:
+        if self._far is None or (features and self._source is None):
+            raise FederationError("the far side or its features are not loaded yet")
+        return self._far, self._source
+
+    def _checkpointer(self) -> Any:
+        from cloister.train import Checkpointer
+
+        plan = self._plan
+        label = f"far-checkpoint/{plan.run_id}/{hashlib.sha256(plan.job_sha384).hexdigest()}"
+        return Checkpointer(plan.work / "checkpoint.sealed", self._attester.sealing_key("far-checkpoint"), label)
+
+    def _tell_step(self, model: str) -> Callable[[StepInfo], None]:
+        def tell(info: StepInfo) -> None:
+            fields: dict[str, Any] = {"step": info.step, "n_steps": info.n_steps, "epoch": info.epoch, "model": model}
+            if self._plan.live_metrics:
+                fields |= {"loss": round(info.loss, 5), "lr": info.lr}
+            self._emit("step", **fields, examples_per_s=round(info.examples_per_s, 1))
+
+        return tell
+
+    def _tell_metric(self, when: str, metric: dict[str, Any]) -> None:
+        if self._plan.live_metrics:
+            self._emit("metric", name=metric["name"], value=metric["value"], per_client=metric["per_client"], when=when)

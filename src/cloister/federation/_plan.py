@@ -1,0 +1,88 @@
+"""What each party of a run must know before it starts; derived from the agreed job, never sent over the network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cloister.adapters import LoraSpec
+    from cloister.attest import Policy
+    from cloister.train import Dataset, TaskSpec, TrainSpec
+    from cloister.wire import Boundary
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """The frozen backbone and where it is cut; public, the same for every party.
+
+    Attributes:
+        path: folder or hub name of the backbone.
+        cut_layer: number of near-side blocks, already resolved.
+        boundary: encoding of boundary tensors, "int8", "bf16" or "fp32".
+    """
+
+    path: str
+    cut_layer: int
+    boundary: Boundary
+
+
+@dataclass(frozen=True)
+class ServerPlan:
+    """What the server enclave works by.
+
+    Attributes:
+        node_keys: client name to its registered node key (DER SubjectPublicKeyInfo): who may take part.
+        inbox: folder in which the host lays the sealed shards; untrusted.
+        work: folder for sealed state and checkpoints; untrusted at rest.
+        store_url: where the host's courier finds the shards.
+        live_metrics: whether the host may see loss and metrics while the run goes on (declared in the job).
+    """
+
+    run_id: str
+    job_sha384: bytes
+    policy: Policy
+    task: TaskSpec
+    train: TrainSpec
+    lora: LoraSpec
+    model: ModelPlan
+    node_keys: dict[str, bytes]
+    baselines: tuple[str, ...]
+    inbox: Path
+    work: Path
+    store_url: str
+    min_clients: int
+    timeout_s: float
+    patience_s: float
+    memory_budget_bytes: int
+    release: str = "none"
+    live_metrics: bool = True
+    max_restarts: int = 3
+    store_options: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClientPlan:
+    """What one institution's client process works by. All of it is this institution's own.
+
+    Attributes:
+        node_key: path of the node's private key (EC P-384 PEM); never leaves this machine.
+        policy: what this client demands of the server enclave before it releases anything.
+        work: folder for the journal of sealed shards and, at the end, the run report.
+    """
+
+    run_id: str
+    name: str
+    job_sha384: bytes
+    policy: Policy
+    server_policy_sha384: bytes
+    task: TaskSpec
+    model: ModelPlan
+    datasets: dict[str, Dataset]
+    node_key: Path
+    work: Path
+    store_url: str
+    shard_max_bytes: int
+    near_batch_size: int = 32
+    store_options: dict[str, object] = field(default_factory=dict)

@@ -1,0 +1,173 @@
+"""Charts as inline SVG: no script, no image file, no font of its own; text stays text and prints sharp.
+
+Every chart has a role and a label that say in words what it shows. Colours keep apart for colour-blind readers and in grey.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from markupsafe import Markup, escape
+
+INK, QUIET, GRID = "#1f2430", "#667085", "#e4e7ec"
+ACCENT = "#0b6e75"
+PALETTE = ("#0b6e75", "#e08a1e", "#7a5cc0", "#98a2b3", "#c2410c", "#3b82c4")
+
+Point = tuple[float, float]
+
+
+def bars(rows: Sequence[tuple[str, float, str]], *, label: str, top: float, highlight: int | None = 0) -> Markup:
+    """Horizontal bars, one line each: (name, value, value as text). `top` is the value of the full width."""
+    width, left, right, height = 640, 190, 82, 30
+    parts = []
+    for i, (name, value, shown) in enumerate(rows):
+        y = i * height
+        strong = i == highlight
+        n = max(2.0, (width - left - right) * min(1.0, value / top if top > 0 else 0.0))
+        fill, weight = (ACCENT, 600) if strong else ("#b8c0cc", 400)
+        parts.append(
+            f'<text x="{left - 12}" y="{y + 19}" text-anchor="end" font-weight="{weight}">{escape(name)}</text>'
+            f'<rect x="{left}" y="{y + 5}" width="{n:.1f}" height="{height - 11}" rx="3" fill="{fill}"/>'
+            f'<text x="{left + n + 8:.1f}" y="{y + 19}" font-weight="{weight}">{escape(shown)}</text>'
+        )
+    return _svg(width, len(rows) * height, label, parts)
+
+
+def lines(
+    series: Sequence[tuple[str, Sequence[Point]]], *, label: str, x_name: str, y_name: str, marks: Iterable[float] = ()
+) -> Markup:
+    """Curves over a common grid; the first is drawn strong, with its raw values faint behind a running mean."""
+    width, height, left, bottom, top, right = 640, 300, 46, 44, 14, 14
+    points = [point for _, curve in series for point in curve]
+    x_ticks = _ticks(0, max((x for x, _ in points), default=1), 6)
+    y_ticks = _ticks(0, max((y for _, y in points), default=1), 5)
+    x_max, y_max = max(x_ticks[-1], *(x for x, _ in points), 1e-9), max(y_ticks[-1], 1e-9)
+
+    def place(x: float, y: float) -> Point:
+        return left + (width - left - right) * x / x_max, top + (height - top - bottom) * (1 - min(y, y_max) / y_max)
+
+    parts = []
+    for tick in y_ticks:
+        _, y = place(0, tick)
+        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" stroke="{GRID}"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" fill="{QUIET}">{tick:g}</text>')
+    for tick in x_ticks:
+        x, _ = place(tick, 0)
+        if x <= width - right + 1:
+            parts.append(
+                f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle" fill="{QUIET}">{tick:g}</text>'
+            )
+    for mark in marks:
+        x, _ = place(mark, 0)
+        parts.append(
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{height - bottom}" stroke="{QUIET}" stroke-dasharray="2 4"/>'
+        )
+    for i, (name, curve) in reversed(list(enumerate(series))):
+        color = PALETTE[i % len(PALETTE)]
+        parts.append(f"<g><title>{escape(name)}</title>")
+        if i == 0:
+            parts.append(_path(curve, place, color, width=1, opacity=0.35))
+        parts.append(_path(_running_mean(curve), place, color, width=2.4 if i == 0 else 1.4, opacity=1))
+        parts.append("</g>")
+    parts.append(f'<text x="{width - right}" y="{height - 6}" text-anchor="end" fill="{QUIET}">{escape(x_name)}</text>')
+    parts.append(f'<text x="{left}" y="{height - 6}" fill="{QUIET}">{escape(y_name)}</text>')
+    return _svg(width, height, label, parts)
+
+
+def columns(
+    groups: Sequence[str],
+    series: Sequence[tuple[str, Sequence[float | None]]],
+    *,
+    label: str,
+    top: float,
+    percent: bool,
+) -> Markup:
+    """Upright bars in groups, one bar of each series in every group; a missing value leaves a gap."""
+    width, height, left, bottom, above = 640, 300, 46, 34, 20
+    inner = height - bottom - above
+    parts = []
+    for tick in _ticks(0, top, 5):
+        y = above + inner * (1 - tick / top)
+        shown = f"{100 * tick:g} %" if percent else f"{tick:g}"
+        parts.append(f'<line x1="{left}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}" stroke="{GRID}"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" fill="{QUIET}">{shown}</text>')
+    room = (width - left) / max(1, len(groups))
+    bar = min(38.0, room * 0.8 / max(1, len(series)))
+    for g, group in enumerate(groups):
+        middle = left + room * (g + 0.5)
+        parts.append(f'<text x="{middle:.1f}" y="{height - 10}" text-anchor="middle">{escape(group)}</text>')
+        for s, (name, values) in enumerate(series):
+            value = values[g]
+            if value is None:
+                continue
+            x = middle + (s - len(series) / 2) * bar
+            y = above + inner * (1 - min(1.0, value / top))
+            shown = f"{100 * value:.0f}" if percent else f"{value:.3g}"
+            parts.append(
+                f"<g><title>{escape(group)}, {escape(name)}: {shown}{' %' if percent else ''}</title>"
+                f'<rect x="{x + 1.5:.1f}" y="{y:.1f}" width="{bar - 3:.1f}" height="{above + inner - y:.1f}" rx="2"'
+                f' fill="{PALETTE[s % len(PALETTE)]}"/>'
+                f'<text x="{x + bar / 2:.1f}" y="{y - 5:.1f}" text-anchor="middle" font-size="11">{shown}</text></g>'
+            )
+    return _svg(width, height, label, parts)
+
+
+def strip(parts_of_whole: Sequence[tuple[str, float, str]], *, label: str) -> Markup:
+    """One bar cut into its parts, left to right in order of time: (name, value, value as text)."""
+    width, height = 1000, 34
+    total = sum(value for _, value, _ in parts_of_whole) or 1.0
+    x, parts = 0.0, []
+    for i, (name, value, shown) in enumerate(parts_of_whole):
+        n = width * value / total
+        parts.append(
+            f"<g><title>{escape(name)}: {escape(shown)}</title>"
+            f'<rect x="{x:.1f}" y="0" width="{max(1.0, n - 2):.1f}" height="{height}" rx="3" fill="{part_color(i)}"/></g>'
+        )
+        x += n
+    return _svg(width, height, label, parts, stretch=True)
+
+
+def part_color(i: int) -> str:
+    """The colour of the i-th part or series, for legends."""
+    return PALETTE[i % len(PALETTE)]
+
+
+def _svg(width: float, height: float, label: str, parts: Iterable[str], *, stretch: bool = False) -> Markup:
+    ratio = ' preserveAspectRatio="none" class="strip"' if stretch else ""
+    return Markup(  # noqa: S704 - every text above went through escape()
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}" font-size="13" fill="{INK}"{ratio}>'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def _path(curve: Sequence[Point], place: object, color: str, *, width: float, opacity: float) -> str:
+    spots = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in curve)  # type: ignore[operator]
+    return (
+        f'<polyline points="{spots}" fill="none" stroke="{color}" stroke-width="{width}" stroke-opacity="{opacity}"'
+        ' stroke-linejoin="round"/>'
+    )
+
+
+def _running_mean(curve: Sequence[Point]) -> list[Point]:
+    """Exponential mean over about a twentieth of the curve, unbiased at its start."""
+    if len(curve) < 20:
+        return list(curve)
+    keep = 1 - 20 / len(curve) if len(curve) > 40 else 0.5
+    mean, weight, smooth = 0.0, 0.0, []
+    for x, y in curve:
+        mean, weight = keep * mean + (1 - keep) * y, keep * weight + (1 - keep)
+        smooth.append((x, mean / weight))
+    return smooth
+
+
+def _ticks(low: float, high: float, n: int) -> list[float]:
+    """About `n` round numbers from `low` to the first one that reaches `high`."""
+    span = high - low
+    if not math.isfinite(span) or span <= 0:
+        return [low, low + 1]
+    raw = span / n
+    unit = 10 ** math.floor(math.log10(raw))
+    step = next(unit * k for k in (1, 2, 2.5, 5, 10) if unit * k >= raw * 0.999)
+    count = math.ceil(span / step - 1e-9)
+    return [round(low + i * step, 10) for i in range(count + 1)]

@@ -1,0 +1,253 @@
+"""The report of a run: one HTML file that needs nothing else, from result.json and the events."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from cloister._files import write_whole
+from cloister._format import human_bytes, human_metric, human_time, is_share
+from cloister.report import _charts
+from cloister.report._models import ModelRow, model_rows
+
+Event = dict[str, Any]
+
+_CLAIM_WORDS = {
+    "tee": "TEE",
+    "evidence_type": "evidence type",
+    "debug": "debug mode",
+    "tcb_status": "TCB status",
+    "advisories": "advisories",
+    "mr_td": "MRTD (firmware)",
+    "rtmr0": "RTMR0",
+    "rtmr1": "RTMR1",
+    "rtmr2": "RTMR2",
+    "rtmr3": "RTMR3 (cloister, lock file, job, policy, backbone)",
+    "mr_seam": "MRSEAM (TDX module)",
+    "td_attributes": "TD attributes",
+    "xfam": "XFAM",
+    "root_sha256": "root of trust (SHA-256)",
+}
+_PROCESS_WORDS = {"server": "server enclave", "superlink": "SuperLink"}
+
+
+def write_report(run_dir: Path, result: dict[str, Any], events: list[Event]) -> Path:
+    """Write `run_dir/report.html` and return it. Both arguments are public: what the job lets its host see."""
+    path = Path(run_dir) / "report.html"
+    write_whole(path, render_report(result, events).encode())
+    return path
+
+
+def render_report(result: dict[str, Any], events: list[Event]) -> str:
+    """The page as text. Sections without anything to show are left out."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cloister.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(_context(result, events))
+
+
+def _context(result: dict[str, Any], events: list[Event]) -> dict[str, Any]:
+    rows = model_rows(result)
+    return {
+        "result": result,
+        "started": _started(events),
+        "simulated": bool(result.get("simulated")),
+        "headline": _headline(rows),
+        "comparison": _comparison(rows),
+        "per_client": _per_client(rows),
+        "loss": _loss(result, events),
+        "clients": _clients(result),
+        "decisions": _decisions(result),
+        "claims": _claims(result),
+        "bytes_chart": _byte_bars(result),
+        "phases": _phases(result),
+        "memory_chart": _memory_bars(result),
+        "facts": _facts(result),
+        "visibility": result.get("visibility") or [],
+        "warnings": [str(e["cause"]) for e in events if e.get("event") == "warning" and e.get("cause")],
+        "restarts": [str(e["process"]) for e in events if e.get("event") == "restart" and e.get("process")],
+        "color": _charts.part_color,
+    }
+
+
+def _started(events: list[Event]) -> str:
+    import time
+
+    first = next((event["t"] for event in events if "t" in event), None)
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(first)) if first is not None else ""
+
+
+def _headline(rows: list[ModelRow]) -> dict[str, Any] | None:
+    if not rows or rows[0].kind != "tuned":
+        return None
+    metric = rows[0].metric
+    name = str(metric["name"])
+    n = metric.get("n") or {}
+    other = [row for row in rows[1:] if row.metric.get("value") is not None]
+    pick = max if is_share(name) else min
+    best = pick(other, key=lambda row: row.metric["value"]) if other else None
+    return {
+        "name": name,
+        "value": human_metric(name, metric["value"]),
+        "n_test": sum(n.values()) if isinstance(n, dict) else n,
+        "n_clients": len(metric.get("per_client") or {}),
+        "best_other": best and {"label": best.label, "value": human_metric(name, best.metric["value"])},
+        "lower_is_better": not is_share(name),
+    }
+
+
+def _comparison(rows: list[ModelRow]) -> Markup | None:
+    if not rows:
+        return None
+    name = str(rows[0].metric["name"])
+    shown = [(row.label, float(row.metric["value"]), human_metric(name, row.metric["value"])) for row in rows]
+    words = "; ".join(f"{label} {text}" for label, _, text in shown)
+    top = 1.0 if is_share(name) else max(value for _, value, _ in shown)
+    return _charts.bars(shown, label=f"{name} of each model on held-out examples: {words}", top=top)
+
+
+def _per_client(rows: list[ModelRow]) -> dict[str, Any] | None:
+    """Each client's own held-out examples: tuned together, the client's own model, and the common baselines."""
+    if not rows or not rows[0].metric.get("per_client"):
+        return None
+    name = str(rows[0].metric["name"])
+    clients = sorted(rows[0].metric["per_client"])
+    series: list[tuple[str, list[float | None]]] = []
+    for row in rows:
+        if row.kind != "alone":
+            series.append((row.label, [(row.metric.get("per_client") or {}).get(client) for client in clients]))
+    own = {row.client: (row.metric.get("per_client") or {}).get(row.client) for row in rows if row.kind == "alone"}
+    if own:
+        series.insert(1, ("its own model alone", [own.get(client) for client in clients]))
+    values = [value for _, numbers in series for value in numbers if value is not None]
+    words = "; ".join(
+        f"{client}: " + ", ".join(f"{label} {human_metric(name, v[i])}" for label, v in series if v[i] is not None)
+        for i, client in enumerate(clients)
+    )
+    chart = _charts.columns(
+        clients,
+        series,
+        label=f"{name} on each client's own held-out examples. {words}",
+        top=1.0 if is_share(name) else max([*values, 1e-9]) * 1.1,
+        percent=is_share(name),
+    )
+    return {"chart": chart, "legend": [label for label, _ in series], "name": name}
+
+
+def _loss(result: dict[str, Any], events: list[Event]) -> dict[str, Any] | None:
+    """Curves of the federated model and of each client alone. A repeated step of a resumed run counts once."""
+    curves: dict[str, dict[int, float]] = {}
+    epochs: dict[int, int] = {}
+    for event in events:
+        if event.get("event") != "step":
+            continue
+        model = str(event.get("model", "federated"))
+        if event.get("loss") is not None and math.isfinite(event["loss"]):
+            curves.setdefault(model, {})[int(event["step"])] = float(event["loss"])
+        if model == "federated":
+            epochs[int(event["step"])] = int(event.get("epoch", 0))
+    if result.get("losses"):
+        curves["federated"] = {i: float(loss) for i, loss in enumerate(result["losses"], 1)}
+    if not curves.get("federated"):
+        return None
+    names = ["federated", *sorted(name for name in curves if name != "federated")]
+    labels = ["tuned together", *(f"{name.partition('/')[2]} alone" for name in names[1:])]
+    series = [(label, sorted(curves[name].items())) for label, name in zip(labels, names, strict=True)]
+    steps = sorted(epochs)
+    marks = [now - 0.5 for before, now in zip(steps, steps[1:], strict=False) if epochs[now] != epochs[before]]
+    first, last = series[0][1][0][1], series[0][1][-1][1]
+    chart = _charts.lines(
+        [(label, [(float(x), y) for x, y in curve]) for label, curve in series],
+        label=f"training loss by step: from {first:.2f} to {last:.2f} in {len(series[0][1])} steps",
+        x_name="step" + (" (dotted: a new epoch)" if marks else ""),
+        y_name="loss",
+        marks=marks,
+    )
+    return {"chart": chart, "legend": labels}
+
+
+def _clients(result: dict[str, Any]) -> list[dict[str, Any]]:
+    truncated = result.get("n_truncated") or {}
+    return [
+        {"name": name, **counts, "n_truncated": truncated.get(name, 0)}
+        for name, counts in sorted((result.get("n_examples") or {}).items())
+    ]
+
+
+def _decisions(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Decisions with equal reasons under one heading: usually all clients', said once."""
+    groups: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
+    for decision in result.get("evidence") or []:
+        key = (bool(decision["accepted"]), tuple(decision.get("reasons") or ()))
+        names = groups.setdefault(key, [])
+        if decision["client"] not in names:
+            names.append(decision["client"])
+    return [{"clients": names, "accepted": key[0], "reasons": key[1]} for key, names in groups.items()]
+
+
+def _claims(result: dict[str, Any]) -> list[tuple[str, str]]:
+    accepted = [decision for decision in result.get("evidence") or [] if decision.get("claims")]
+    if not accepted:
+        return []
+    claims = accepted[-1]["claims"]
+    return [(words, _claim(claims[key])) for key, words in _CLAIM_WORDS.items() if claims.get(key) not in (None, "")]
+
+
+def _claim(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
+
+
+def _byte_bars(result: dict[str, Any]) -> Markup | None:
+    found = sorted((result.get("bytes") or {}).items(), key=lambda item: -item[1])
+    if not found:
+        return None
+    rows = [(name, float(n), human_bytes(n)) for name, n in found]
+    words = ", ".join(f"{name} {text}" for name, _, text in rows)
+    return _charts.bars(rows, label=f"bytes carried: {words}", top=max(rows[0][1], 1.0), highlight=None)
+
+
+def _memory_bars(result: dict[str, Any]) -> Markup | None:
+    found = sorted((result.get("peak_rss_bytes") or {}).items(), key=lambda item: -item[1])[:12]
+    if not found:
+        return None
+    rows = [(_PROCESS_WORDS.get(name, name), float(n), human_bytes(n)) for name, n in found]
+    words = ", ".join(f"{name} {text}" for name, _, text in rows)
+    return _charts.bars(rows, label=f"peak memory by process: {words}", top=max(rows[0][1], 1.0), highlight=None)
+
+
+def _phases(result: dict[str, Any]) -> dict[str, Any] | None:
+    found = [(name, float(seconds)) for name, seconds in (result.get("phases_s") or {}).items() if seconds > 0]
+    if not found:
+        return None
+    parts = [(name, seconds, f"{seconds:.1f} s") for name, seconds in found]
+    words = ", ".join(f"{name} {text}" for name, _, text in parts)
+    return {"chart": _charts.strip(parts, label=f"time by phase: {words}"), "parts": parts,
+            "total": human_time(result.get("wall_s") or sum(s for _, s in found))}  # fmt: skip
+
+
+def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
+    facts = [
+        ("method", {"split": "split fine-tuning (Method 2)"}.get(str(result.get("method")), str(result.get("method")))),
+        ("task", result.get("task")),
+        ("blocks on the clients", result.get("cut_layer")),
+        ("boundary tensors", result.get("boundary")),
+        ("released at the end", {"none": "nothing"}.get(str(result.get("release")), result.get("release"))),
+        ("seed", result.get("seed")),
+        ("job (SHA-384)", result.get("job_sha384")),
+        ("policy (SHA-384)", result.get("policy_sha384")),
+        *(result.get("versions") or {}).items(),
+    ]
+    return [(name, str(value)) for name, value in facts if value not in (None, "")]

@@ -1,0 +1,98 @@
+"""Training: text of one institution to sealed features (near half), sealed features to a tuned far side (far half).
+
+Nothing heavy is imported here. A name is loaded from its private module at first use, so that the couriers, which only
+need the store, and the command line never pay for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cloister.train._boundary import BoundaryBlock, dequantize, quantize
+    from cloister.train._data import (
+        Columns,
+        Dataset,
+        Example,
+        TaskSpec,
+        check_dataset,
+        open_dataset,
+    )
+    from cloister.train._near import NearEncoder, NearRun
+    from cloister.train._shards import (
+        Feature,
+        ShardBody,
+        decode_shard,
+        encode_shard,
+        shard_context,
+        shard_entries,
+    )
+    from cloister.train._store import ShardStore, open_store, verify_shard_file
+    from cloister.train._text import TextEncoder, Tokenised
+
+# Public name -> private module. One line a name, grouped by module; `__all__` below is the same names, sorted.
+_HOME = {
+    # near half: what runs on an institution's own machine
+    "BoundaryBlock": "_boundary",
+    "dequantize": "_boundary",
+    "quantize": "_boundary",
+    "Columns": "_data",
+    "Dataset": "_data",
+    "Example": "_data",
+    "TaskSpec": "_data",
+    "check_dataset": "_data",
+    "open_dataset": "_data",
+    "NearEncoder": "_near",
+    "NearRun": "_near",
+    "Feature": "_shards",
+    "ShardBody": "_shards",
+    "decode_shard": "_shards",
+    "encode_shard": "_shards",
+    "shard_context": "_shards",
+    "shard_entries": "_shards",
+    "ShardStore": "_store",
+    "open_store": "_store",
+    "verify_shard_file": "_store",
+    "TextEncoder": "_text",
+    "Tokenised": "_text",
+    # far half: what runs inside the server enclave
+}
+
+__all__ = [
+    "BoundaryBlock",
+    "Columns",
+    "Dataset",
+    "Example",
+    "Feature",
+    "NearEncoder",
+    "NearRun",
+    "ShardBody",
+    "ShardStore",
+    "TaskSpec",
+    "TextEncoder",
+    "Tokenised",
+    "check_dataset",
+    "decode_shard",
+    "dequantize",
+    "encode_shard",
+    "open_dataset",
+    "open_store",
+    "quantize",
+    "shard_context",
+    "shard_entries",
+    "verify_shard_file",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

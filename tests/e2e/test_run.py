@@ -1,0 +1,83 @@
+"""A whole run over real processes: text of two institutions to metrics and a report, then questions to the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from cloister import predict, run
+from cloister.api import Programs
+from cloister.testing import FakeRelay, write_tiny_job
+
+FAKE = Programs(relay=FakeRelay)
+
+
+def test_run_report_and_predict(tmp_path: Path):
+    events: list[dict] = []
+    result = run(write_tiny_job(tmp_path), runs_dir=tmp_path / "runs", on_event=events.append, programs=FAKE)
+
+    assert 0.0 <= result.metric <= 1.0
+    assert set(result.result["metric"]["per_client"]) == {"alpha", "beta"}
+    assert result.result["n_examples"]["alpha"] == {
+        "train": 24,
+        "test": 9,
+        "tokens": result.result["n_examples"]["alpha"]["tokens"],
+    }
+    assert result.result["simulated"] is True
+    assert result.report.is_file() and b"SIMULATED" in result.report.read_bytes()
+    assert (tmp_path / "runs" / "latest").resolve() == result.run_dir
+
+    decisions = [e for e in events if e["event"] == "evidence"]
+    assert {e["client"] for e in decisions} == {"alpha", "beta"}
+    assert all(e["accepted"] and e["reasons"] for e in decisions)
+    phases = [(e["phase"], e["status"]) for e in events if e["event"] == "phase"]
+    assert phases.index(("prepare", "end")) < phases.index(("train", "begin")) < phases.index(("finish", "end"))
+
+    answers = predict(result.run_dir, "alpha", ["the old rose", "cold sea"], programs=FAKE)
+    assert [set(a["probabilities"]) for a in answers] == [{"red", "green", "blue"}] * 2
+    assert all(abs(sum(a["probabilities"].values()) - 1) < 1e-5 for a in answers)
+    again = predict(result.run_dir, "beta", ["the old rose"], programs=FAKE)
+    assert again[0]["probabilities"]["red"] == pytest.approx(answers[0]["probabilities"]["red"], abs=1e-5)
+
+
+def test_files_of_a_run_are_private_and_results_are_json(tmp_path: Path):
+    result = run(write_tiny_job(tmp_path), runs_dir=tmp_path / "runs", programs=FAKE)
+    for path in (
+        result.run_dir / "clients/alpha/node.key.pem",
+        result.run_dir / "job.json",
+        result.run_dir / "result.json",
+    ):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert json.loads((result.run_dir / "result.json").read_text())["version"] == 1
+    assert not [name for name in os.listdir("/tmp") if name.startswith("cloister-") and not os.listdir(f"/tmp/{name}")]
+
+
+def test_causal_lm(tmp_path: Path):
+    job = write_tiny_job(tmp_path, task="causal-lm", family="llama")
+    result = run(job, runs_dir=tmp_path / "runs", programs=FAKE)
+    assert result.result["metric"]["name"] == "perplexity"
+    assert result.metric < result.result["before"]["value"]
+    answer = predict(result.run_dir, "alpha", ["the old rose 0r1"], max_new_tokens=3, programs=FAKE)
+    assert 0 <= answer[0]["n_tokens"] <= 3
+
+
+def test_resume_finishes_what_a_kill_interrupted(tmp_path: Path):
+    whole = run(write_tiny_job(tmp_path), runs_dir=tmp_path / "whole", programs=FAKE)
+
+    class Interrupt(Exception):
+        pass
+
+    def interrupt(launch) -> None:
+        if launch.phase == "train/begin":
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        run(tmp_path / "job.toml", runs_dir=tmp_path / "cut", programs=FAKE, on_tick=interrupt)
+    resumed = run(resume=tmp_path / "cut" / "latest", programs=FAKE)
+    assert resumed.metric == whole.metric
+    assert resumed.result["losses"] == whole.result["losses"]
+    assert resumed.result["n_examples"] == whole.result["n_examples"]
