@@ -38,10 +38,6 @@ class RunFolder:
         return self.path / "policy.toml"
 
     @property
-    def simulated(self) -> Path:
-        return self.path / "simulated"
-
-    @property
     def model(self) -> Path:
         """The backbone's local folder (public), by a link: the same for a folder and for a fetched hub name."""
         return (self.path / "model").resolve()

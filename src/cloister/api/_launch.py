@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cloister.attest import SimulatedRoot
 from cloister.enclave import host_call
 from cloister.errors import CloisterError, EnclaveError, FederationError, error_for_code
 from cloister.federation import ClientEndpoint, Relay
 
 from ._events import Event, EventFile, EventTail, OnEvent
 from ._memory import MemoryWatch
-from ._process import EXIT_BUG
+from ._platform import simulated_platform
+from ._process import BUG_CODE, EXIT_BUG
 
 if TYPE_CHECKING:
     from cloister.config import Job
@@ -131,6 +131,7 @@ class Launch:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+        self._log.close()
 
     def start_server(self) -> None:
         """Starts the server enclave alone, for predictions on this machine."""
@@ -200,7 +201,7 @@ class Launch:
 
     def _server_child(self) -> Child:
         argv = [*self._programs.server, "--run", str(self._folder.path), "--socket", str(self.server_socket)]
-        secret = SimulatedRoot.open(self._folder.simulated).provision()
+        secret = simulated_platform().provision()
         return Child("server", argv, env=self._programs.env, log=self._folder.logs / "server.log", secret=secret)
 
     def _client_child(self, name: str) -> Child:
@@ -221,7 +222,10 @@ class Launch:
 
     def _why(self, child: Child, code: int) -> CloisterError:
         """The most telling error: what a client said of itself before what the server heard of it."""
-        told = sorted(self._failures, key=lambda event: not str(event["source"]).startswith("client/"))
+        told = sorted(
+            (e for e in self._failures if e["code"] != BUG_CODE),
+            key=lambda event: not str(event["source"]).startswith("client/"),
+        )
         if told:
             return error_for_code(told[0]["code"])(told[0]["cause"], hint=told[0].get("hint", ""))
         log = child.name.replace("/", "-")
@@ -243,13 +247,11 @@ class Launch:
         """Passes on what the processes have said since the last call, in one file and to the caller."""
         for name in ("server", *self.clients):
             for event in self._tail.read(self._events_of(name)):
-                self._log_line(event)
+                if (name, event["event"]) != ("server", "progress"):  # the client's own is finer
+                    self._log.append(event)
         for event in self._tail.read(self._folder.events):
             self._notice(event)
             self._on_event(event)
-
-    def _log_line(self, event: Event) -> None:
-        self._log.append(event)
 
     def _notice(self, event: Event) -> None:
         if event["event"] == "error" and (event.get("fatal") or str(event["source"]).startswith("client/")):
@@ -272,7 +274,7 @@ class Launch:
             self.poll()
             if self.server_socket.exists():
                 try:
-                    if host_call(self.server_socket, "status", {}, timeout_s=5.0)["done"]:
+                    if host_call(self.server_socket, "status", {}, timeout_s=5.0)["serving"]:
                         return
                 except EnclaveError:
                     pass  # it listens before it answers: hardening comes in between

@@ -44,7 +44,7 @@ def server_plan(job: Job, folder: RunFolder, policy: Policy, node_keys: dict[str
         lora=job.lora_spec(),
         model=model_plan(job, folder),
         node_keys=node_keys,
-        baselines=tuple(job.evaluation.baselines),
+        baselines=job.evaluation.baselines if job.task.name == "sequence-classification" else (),
         inbox=folder.inbox,
         work=folder.server,
         store_url=store_url(job, folder),
@@ -65,9 +65,9 @@ def client_plan(job: Job, folder: RunFolder, policy: Policy, name: str, *, with_
     client, task = job.client(name), job.task_spec(is_encoder=_is_encoder(folder))
     datasets = {
         split: open_dataset(
-            path, columns=client.column_map(), task=task, split=client.split, where=dict(client.where) or None
+            data.path, columns=client.column_map(), task=task, split=data.split, where=data.where or None
         )
-        for split, path in (("train", client.train), ("test", client.test))
+        for split, data in client.datasets.items()
         if with_data
     }
     return ClientPlan(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cloister.attest import Policy, SimulatedRoot
+from cloister.attest import Policy
 from cloister.enclave import host_call
 from cloister.errors import AttestationError, ConfigError, EnclaveError, FederationError
 from cloister.federation import Questioner, ServerLink
@@ -84,12 +84,11 @@ def _enclave(job: Job, folder: RunFolder, tell: OnEvent, programs: Programs | No
     serving = folder.serving_socket()
     if serving is not None:
         try:
-            if host_call(serving, "status", {}, timeout_s=5.0)["done"]:
+            if host_call(serving, "status", {}, timeout_s=5.0)["serving"]:
                 yield serving
                 return
         except EnclaveError:
             pass  # the file is older than the process that it speaks of: start one
-    SimulatedRoot.open(folder.simulated).refresh(now=int(time.time()))
     with Launch(job, folder, on_event=tell, programs=programs) as launch:
         launch.start_server()
         launch.wait_until_serving()
@@ -129,7 +128,7 @@ def _complete(prompt: str, encoder: Any, questioner: Questioner, tokenizer: Any,
     """
     made: list[int] = []
     for _ in range(limit):
-        question = encoder.question_continued(prompt, made)
+        question = encoder.continued(prompt, made)
         if question is None:
             break  # the model's length limit
         token = questioner.ask(question)[0]["next_token"]

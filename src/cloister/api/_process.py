@@ -17,6 +17,7 @@ from cloister.errors import CloisterError
 from ._events import EventFile
 
 _PR_SET_PDEATHSIG = 1
+BUG_CODE = "bug"
 EXIT_BUG = 70
 """Exit code for an exception that is no CloisterError (EX_SOFTWARE of sysexits)."""
 
@@ -62,7 +63,7 @@ def run_main(body: Callable[[], None], events: EventFile) -> NoReturn:
         raise
     except BaseException:
         logging.getLogger("cloister").exception("bug")
-        events.emit("error", code="bug", cause="a bug in cloister; the log has the details", hint="", fatal=True,
+        events.emit("error", code=BUG_CODE, cause="a bug in cloister; the log has the details", hint="", fatal=True,
                     exit_code=EXIT_BUG)  # fmt: skip
         code = EXIT_BUG
     sys.stdout.flush()

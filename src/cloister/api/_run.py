@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cloister._files import write_whole
-from cloister.attest import Policy, SimulatedRoot
+from cloister.attest import Policy
 from cloister.config import Job, check_job, load_job
 from cloister.errors import ConfigError, FederationError
 from cloister.report import write_report, write_tensorboard
@@ -94,9 +94,7 @@ def _fresh(job: Job | str | Path | None, runs_dir: Path) -> RunFolder:
 def _resumed(job: Job | str | Path | None, resume: str | Path) -> RunFolder:
     if job is not None:
         raise ConfigError("a resumed run has its job already", hint="give either a job file or a run to resume")
-    folder = RunFolder.open(Path(resume))
-    SimulatedRoot.open(folder.simulated).refresh(now=int(time.time()))
-    return folder
+    return RunFolder.open(Path(resume))
 
 
 def _finish(job: Job, folder: RunFolder, launch: Launch, events: list[Event], *, wall_s: float) -> dict[str, Any]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cloister._files import write_whole
-from cloister.attest import Policy, SimulatedRoot, expected_rtmr3, measure_folder, measure_package, write_policy
+from cloister.attest import Policy, expected_rtmr3, measure_folder, measure_package, write_policy
 from cloister.errors import StoreError
 from cloister.federation import generate_node_key, load_node_key, register_node_key, write_node_key
 from cloister.slicing import inspect_backbone, local_folder
 
 from ._folder import RunFolder
+from ._platform import simulated_platform
 
 if TYPE_CHECKING:
     from cloister.config import Job
@@ -32,9 +32,8 @@ def set_up(job: Job, runs_dir: Path) -> RunFolder:
         (folder.path / "model").symlink_to(local_folder(inspect_backbone(job.model.path)).resolve())
         for name in job.client_names:
             _node_key(job, folder, name)
-        platform = SimulatedRoot.create(folder.simulated, now=int(time.time()))
         if job.policy.file is None:
-            _write_policy(job, folder, platform)
+            _write_policy(job, folder)
         else:
             write_whole(folder.policy, Path(job.policy.file).read_bytes())
             Policy.load(folder.policy)
@@ -58,8 +57,9 @@ def _node_key(job: Job, folder: RunFolder, name: str) -> None:
     register_node_key(folder.node_key(name), folder.registered_key(name))
 
 
-def _write_policy(job: Job, folder: RunFolder, platform: SimulatedRoot) -> None:
+def _write_policy(job: Job, folder: RunFolder) -> None:
     """A strict policy for this machine's simulated platform: this release, this job, these weights, nothing else."""
+    platform = simulated_platform()
     write_policy(folder.policy, root_sha256=platform.root_sha256, server_rtmr3=())
     template = Policy.load(folder.policy).template_sha384
     rtmr3 = expected_rtmr3(

@@ -16,6 +16,7 @@ from cloister.attest._policy import Policy
 from cloister.attest._simulated import layers_from_bytes
 from cloister.attest._types import INTEL_ROOT_SHA256, Claims
 from cloister.errors import (
+    AttestationError,
     EvidenceSignatureError,
     MalformedEvidenceError,
     PolicyRejectedError,
@@ -72,7 +73,7 @@ def verify_tdx(evidence: Evidence, policy: Policy, *, now: int) -> Proven:
         # evidence. No policy object is used twice: dcap_qvl changes the one it is given.
         found = verifier.verify_with_policy(evidence.blob, collateral, at, dcap_qvl.QuotePolicy.claims_only(at))
     except ValueError as error:
-        raise _refusal(str(error)) from None
+        raise _refusal(str(error), collateral, at) from None
     claims = _claims(evidence.type, json.loads(found.to_json()), root_sha256, issued)
     passed.append(f"quote, certificates and revocation lists verify under that root at {_utc(at)}")
     findings: list[Finding] = []
@@ -179,13 +180,23 @@ def _claims(declared: str, found: dict[str, Any], root_sha256: str, issued: int)
     )
 
 
-def _refusal(
-    message: str,
-) -> EvidenceSignatureError | MalformedEvidenceError | PolicyRejectedError | StaleEvidenceError:
+def _refusal(message: str, collateral: dcap_qvl.QuoteCollateralV3, at: int) -> AttestationError:
+    """The right class for a failed verification; that it is refused is decided already."""
     for words, error in _ERROR_CLASSES:
         if words in message:
             return error(_plain(message))
+    # For the PCK's own revocation list the library only says that the chain failed.
+    if _is_expired_list(collateral.pck_crl, at):
+        return StaleEvidenceError("the revocation list of the platform's certificates has expired")
     return EvidenceSignatureError(_plain(message))
+
+
+def _is_expired_list(der: bytes, at: int) -> bool:
+    try:
+        expires = x509.load_der_x509_crl(der).next_update_utc
+    except ValueError:
+        return False
+    return expires is not None and expires.timestamp() <= at
 
 
 def _plain(message: str) -> str:

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     resume = Path(args.resume) if args.resume else None
     if args.job is None and resume is None:
         raise ConfigError("no job file was named", hint="`cloister init` writes one; `cloister quickstart` needs none")
-    job = Path(args.job) if args.job is not None else _job_of(resume or Path())
+    job = Path(args.job) if args.job is not None else None
     return _run(job, args, resume=resume, serve=args.serve)
 
 
@@ -81,26 +81,24 @@ def predict(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run(job: Path, args: argparse.Namespace, *, resume: Path | None, serve: bool) -> int:
+def _run(job: Path | None, args: argparse.Namespace, *, resume: Path | None, serve: bool) -> int:
     from cloister import api
     from cloister.cli._summary import summary
     from cloister.cli._views import choose_view
 
     with choose_view(as_json=args.json, plain=args.plain) as view:
-        done = api.run(job, runs_dir=args.runs_dir, resume=resume, serve=serve, on_event=view)
-    if args.json:
-        sys.stdout.write(json.dumps({"event": "done", "run_dir": str(done.run_dir), "result": done.result}) + "\n")
-    else:
-        sys.stdout.write("\n" + summary(done.result, Path(done.run_dir)))
+
+        def on_event(event: dict[str, Any]) -> None:
+            view(event)
+            if event.get("event") == "result" and not args.json:
+                # Here and not after the call: with --serve the run goes on until Ctrl-C.
+                view.close()
+                path = Path(event["path"])
+                sys.stdout.write("\n" + summary(json.loads(path.read_text(encoding="utf-8")), path.parent))
+                sys.stdout.flush()
+
+        api.run(job, runs_dir=args.runs_dir, resume=resume, serve=serve, on_event=on_event)
     return 0
-
-
-def _job_of(run_dir: Path) -> Path:
-    """The job that a run keeps in its folder."""
-    job = run_dir / "job.json"
-    if not job.is_file():
-        raise ConfigError(f"{run_dir} holds no run", hint="name a folder under runs/, or runs/latest")
-    return job
 
 
 def _read_texts(name: str) -> list[str]:
@@ -128,13 +126,7 @@ def _row_text(name: str, row: int, line: str) -> str:
         value = json.loads(line)
     except ValueError:
         raise DataError(f"{name}, row {row}: not JSON", path=name, row=row) from None
-    text = (
-        value
-        if isinstance(value, str)
-        else (value.get("text") or value.get("prompt"))
-        if isinstance(value, dict)
-        else None
-    )
+    text = (value.get("text") or value.get("prompt")) if isinstance(value, dict) else value
     if not isinstance(text, str):
         raise DataError(f"{name}, row {row}: has no text", path=name, row=row, hint='write {"text": "..."} a line')
     return text

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
@@ -16,8 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cloister.cli._board import PHASES, Board
 from cloister._format import human_bytes, human_time, sparkline
+from cloister.cli._board import PHASES, Board
 from cloister.cli._views import STAMP, event_lines
 
 _STYLES = {"    ok ": "green", "    no ": "bold red", "warning": "yellow", STAMP: "black on yellow"}
@@ -43,9 +42,11 @@ class LiveView:
         self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Takes the panel away; later events still show as lines."""
         self._live.stop()
 
     def __call__(self, event: dict[str, Any]) -> None:
@@ -103,7 +104,7 @@ def _clients(board: Board) -> Table:
             table.add_row(client, mark, "", "")
             continue
         counts = f"{upload.n_done}/{upload.n_total} examples  {human_bytes(upload.n_bytes)}"
-        table.add_row(client, mark, ProgressBar(total=upload.n_total, completed=upload.n_done, width=28), counts)
+        table.add_row(client, mark, _bar(upload.n_done, upload.n_total), counts)
     return table
 
 
@@ -119,8 +120,12 @@ def _training(board: Board) -> RenderableType | None:
     loss = f"loss {training.losses[-1]:.3f} {sparkline(training.losses)}" if training.losses else "loss not told"
     words = f"step {training.step}/{training.n_steps}  {loss}  {training.examples_per_s:.0f} examples/s"
     name = "training" if model == "federated" else model
-    grid.add_row(name, ProgressBar(total=max(1, training.n_steps), completed=training.step, width=28), words)
+    grid.add_row(name, _bar(training.step, training.n_steps), words)
     return grid
+
+
+def _bar(n_done: int, n_total: int) -> ProgressBar:
+    return ProgressBar(total=max(1, n_total), completed=n_done, width=28, complete_style="cyan", finished_style="green")
 
 
 def _footer(board: Board) -> Text | None:
@@ -128,5 +133,7 @@ def _footer(board: Board) -> Text | None:
     parts += [f"{process} restarted {n}x" for process, n in sorted(board.restarts.items())]
     left = board.seconds_left()
     if left is not None and left > 0:
-        parts.append(f"{human_time(left)} left in this phase")
+        # How many models the baselines will train is not known here, so their time is that of the present one.
+        of = "for this model" if board.phase == "baselines" else "in this phase"
+        parts.append(f"{human_time(left)} left {of}")
     return Text("  ".join(parts), style="dim") if parts else None

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
     except Exception as error:
-        # The one place that catches everything: a person must not meet a traceback, and must learn that it is our fault.
+        # The one place that catches everything: a person must not meet a traceback, and must learn whose fault it is.
         if args.debug:
             raise
         return _show_bug(error)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, Protocol, Self, TextIO
 
-from cloister.cli._board import Board
 from cloister._format import human_bytes, human_metric, human_time
+from cloister.cli._board import Board
 
 Event = dict[str, Any]
 
@@ -34,11 +33,13 @@ class View(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
     def __call__(self, event: Event) -> None: ...
+
+    def close(self) -> None:
+        """Leave the screen to others; later events still show as lines."""
+        ...
 
 
 def choose_view(*, as_json: bool, plain: bool) -> View:
@@ -60,6 +61,9 @@ class _BaseView:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         return None
 
 
@@ -172,12 +176,25 @@ def _metric_lines(event: Event, board: Board) -> list[str]:
         return []
     value = human_metric(str(event["name"]), float(event["value"]))
     when = str(event.get("when"))
-    words = {"before": "before training", "after": "tuned together", "epoch": f"epoch {event.get('epoch')}"}
-    return [f"  {event['name']} {value}: {words.get(when, when.replace('-', ' ').replace('alone/', 'alone, '))}"]
+    kind, _, client = when.partition("/")
+    words = {
+        "before": "before tuning",
+        "after": "tuned together",
+        "epoch": f"after epoch {event.get('epoch')}",
+        "majority": "majority class",
+        "linear-head": "linear head on the frozen model",
+        "alone": f"{client} alone",
+    }
+    return [f"  {event['name']} {value}: {words.get(kind, when)}"]
 
 
 def _restart_lines(event: Event, _: Board) -> list[str]:
     return [f"{event.get('process')} died and was started again (attempt {event.get('attempt')})"]
+
+
+def _serving_lines(event: Event, _: Board) -> list[str]:
+    ask = f'cloister predict --run {event.get("run_dir")} --client NAME "a text"'
+    return ["the enclave stays up for predictions; Ctrl-C ends it", f"  {ask}"]
 
 
 def _warning_lines(event: Event, _: Board) -> list[str]:
@@ -190,6 +207,7 @@ _FORMATTERS: dict[str, Callable[[Event, Board], list[str]]] = {
     "evidence": _evidence_lines,
     "metric": _metric_lines,
     "restart": _restart_lines,
+    "serving": _serving_lines,
     "warning": _warning_lines,
 }
 

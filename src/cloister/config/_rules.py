@@ -14,7 +14,14 @@ from cloister.errors import Problem
 
 def rule_problems(raw: Mapping[str, Any]) -> list[Problem]:
     """Every broken cross-rule of a raw job table."""
-    return [*_client_names(raw), *_min_clients(raw), *_labels(raw), *_baselines(raw), *_model_path(raw)]
+    return [
+        *_client_names(raw),
+        *_min_clients(raw),
+        *_held_out(raw),
+        *_labels(raw),
+        *_baselines(raw),
+        *_model_path(raw),
+    ]
 
 
 def _table(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -51,6 +58,12 @@ def _min_clients(raw: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem("federation.min_clients", f"{wanted} clients are asked for, and the job has {n}")
 
 
+def _held_out(raw: Mapping[str, Any]) -> Iterator[Problem]:
+    clients = _clients(raw)
+    if clients and not any("test" in client for client in clients):
+        yield Problem("clients", "no client has held-out data", 'give at least one of them a "test" path')
+
+
 def _labels(raw: Mapping[str, Any]) -> Iterator[Problem]:
     task = _table(raw, "task")
     name, labels = task.get("name"), task.get("labels")
@@ -59,7 +72,7 @@ def _labels(raw: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem("task.labels", "missing", 'name the classes in order, for example labels = ["no", "yes"]')
         elif isinstance(labels, list):
             strings = [label for label in labels if isinstance(label, str)]
-            if len(strings) == 1:
+            if len(labels) == 1:
                 yield Problem("task.labels", "has one class; a classifier needs two or more")
             for label in sorted({label for label in strings if strings.count(label) > 1}):
                 yield Problem("task.labels", f"the class {label!r} is listed twice")

@@ -18,7 +18,7 @@ labels = ["no", "yes"]              # the classes; their order is the class inde
 # on_too_long = "error"             # or "truncate": cut longer texts, and count them in the report
 
 [model]
-path = "./model"                    # a folder that transformers loads, or a hub name
+path = "./model"                    # a folder that transformers loads, a hub name, or "package:NAME/folder"
                                     # families: Llama, Qwen2, Qwen3, Mistral, Gemma, GPT-2, GPT-NeoX, BERT
 # cut_layer = 6                     # blocks that stay with the clients; half of them if left out
 
@@ -55,10 +55,10 @@ path = "./model"                    # a folder that transformers loads, or a hub
 [[clients]]
 name = "hospital-a"
 train = "data/hospital-a/train.jsonl"   # JSONL, CSV, Parquet, or a folder written by datasets' save_to_disk
-test = "data/hospital-a/test.jsonl"     # held out: sealed like the rest, used for evaluation only
+test = "data/hospital-a/test.jsonl"     # held out: sealed like the rest, used for evaluation only; may be left out
 # columns = { text = "text", label = "label" }           # a pair: text_b; causal-lm: prompt, completion
-# where = { site = "a" }                                 # take only the rows with this value; "a.b" looks inside
-# split = "train"                                        # which part of a saved DatasetDict
+# train = { path = "all.csv", where = { site = "a" } }   # only the rows with this value; "a.b" looks inside
+# train = { path = "saved", split = "train" }            # which part of a saved DatasetDict
 # node_key = "keys/hospital-a.pem"                       # the operator's own P-384 key; a fresh one if left out
 # weight = 1.0                                           # how much this client's examples count
 

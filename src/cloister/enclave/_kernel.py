@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from pathlib import Path
 from typing import Protocol
 
 # Numbers from the kernel's asm/unistd_64.h (x86_64) and asm-generic/unistd.h (aarch64); None where an architecture has
@@ -117,8 +118,7 @@ class LinuxKernel:
 
     def process_status(self) -> str:
         """The text of /proc/self/status."""
-        with open("/proc/self/status", encoding="ascii", errors="replace") as file:  # noqa: PTH123
-            return file.read()
+        return Path("/proc/self/status").read_bytes().decode(errors="replace")
 
 
 def syscall_number(name: str, machine: str, table: dict[str, tuple[int | None, int | None]]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ from ._peer import ROUND, Peer
 if TYPE_CHECKING:
     from ._far_work import FarWork
 
+
+_log = logging.getLogger(__name__)
 
 ANSWER_KIND = "predictions"
 """Kind tag of a prediction answer's body (spec/wire.md)."""
@@ -76,6 +79,7 @@ class PredictDesk:
         try:
             answer: RecordMessage = self._answer(parse_message(plaintext))
         except CloisterError as error:
+            _log.warning("a question of %s failed: %s", peer.name, error.cause)
             answer = ErrorAnswer(error.code)
         reply = Header(header.run_id, ROUND, answer.KIND, "server", peer.name, header.attempt)
         return Envelope("record", peer.session.seal(reply, answer.to_bytes())).to_bytes()

@@ -51,9 +51,14 @@ class FarWork:
 
     def load(self) -> None:
         """Loads the frozen far side and places the adapter; with a finished run, its trained state too."""
-        self._far = self._fresh_far()
+        far = self._fresh_far()
         if self._state.phase in ("finish", "done"):
-            self._checkpointer().load_final(self._far)
+            self._checkpointer().load_final(far)
+        self._far = far
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._far is not None
 
     def _fresh_far(self) -> FarSide:
         """A far side as training starts from it; the same at every call, for every model that is compared."""
@@ -83,6 +88,7 @@ class FarWork:
 
         self._source = FeatureSource(
             [(manifest, self._plan.inbox) for _, manifest in sorted(self._state.manifests.items())],
+            task=self._plan.task,
             memory_budget_bytes=self._plan.memory_budget_bytes,
         )
 

@@ -95,17 +95,18 @@ class ServerRun:
         if method == "deliver":
             return self._deliver(body)
         if method == "status":
-            return {"phase": self._state.phase, "done": self.is_done}
+            return {"phase": self._state.phase, "serving": self.is_serving}
         if method == "exchange":
-            return self._desk.exchange(body, is_open=self._state.phase == "done")
+            return self._desk.exchange(body, is_open=self.is_serving)
         if method == "stop":
             self.stop()
             return {}
         raise MalformedMessageError(f"unknown host call {method!r}")
 
     @property
-    def is_done(self) -> bool:
-        return self._state.phase == "done"
+    def is_serving(self) -> bool:
+        """Whether the run is done and the tuned far side is loaded."""
+        return self._state.phase == "done" and self._far.is_loaded
 
     def stop(self) -> None:
         """Ends `work` at the next step; what was trained up to the last checkpoint is kept."""
@@ -217,10 +218,11 @@ class ServerRun:
         Raises:
             CloisterError: the run cannot go on; everything finished so far is in sealed files.
         """
-        self._far.load()
         if self._state.phase == "prepare":
-            self._phase("prepare", self._await_features)
+            self._phase("prepare", self._prepare)
             self._state.advance("train")
+        else:
+            self._far.load()
         if self._state.phase in ("train", "evaluate"):
             self._far.open_features()
         if self._state.phase == "train":
@@ -244,6 +246,10 @@ class ServerRun:
         body()
         if not self._stop.is_set():
             self._emit("phase", phase=name, status="end")
+
+    def _prepare(self) -> None:
+        self._far.load()  # while the clients shake hands and work
+        self._await_features()
 
     def _await_features(self) -> None:
         with self._changed:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cloister.channel import read_sealed, write_sealed
-from cloister.errors import JobMismatchError, MalformedMessageError
+from cloister.errors import DecryptionError, JobMismatchError, MalformedMessageError
 from cloister.wire import Manifest, pack, unpack
 
 if TYPE_CHECKING:
@@ -17,6 +17,9 @@ Phase = Literal["prepare", "train", "evaluate", "finish", "done"]
 _PHASES: tuple[Phase, ...] = ("prepare", "train", "evaluate", "finish", "done")
 _LABEL = "run-state"
 _VERSION = 1
+_OTHER_ENCLAVE_HINT = (
+    "it was sealed by an enclave of another measurement: another release of cloister, job, policy, model or machine"
+)
 _MAX_STATE_BYTES = 256 * 1024 * 1024
 
 
@@ -47,7 +50,10 @@ class RunState:
         """
         state = cls(path, key, plan)
         if path.exists():
-            _, plaintext = read_sealed(path, key=key, label=_LABEL)
+            try:
+                _, plaintext = read_sealed(path, key=key, label=_LABEL)
+            except DecryptionError as error:
+                raise DecryptionError(error.cause, hint=_OTHER_ENCLAVE_HINT) from error
             state._load(unpack(plaintext, "run-state", max_bytes=_MAX_STATE_BYTES))
         return state
 

@@ -1,25 +1,29 @@
 """Charts as inline SVG: no script, no image file, no font of its own; text stays text and prints sharp.
 
-Every chart has a role and a label that say in words what it shows. Colours keep apart for colour-blind readers and in grey.
+Every chart has a role and a label that say in words what it shows. Colours stay apart in grey.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from markupsafe import Markup, escape
 
 INK, QUIET, GRID = "#1f2430", "#667085", "#e4e7ec"
 ACCENT = "#0b6e75"
-PALETTE = ("#0b6e75", "#e08a1e", "#7a5cc0", "#98a2b3", "#c2410c", "#3b82c4")
+PALETTE = ("#0b6e75", "#e08a1e", "#7a5cc0", "#98a2b3", "#3b82c4", "#c2410c", "#5b9a3c", "#b4568f")
 
 Point = tuple[float, float]
 
 
-def bars(rows: Sequence[tuple[str, float, str]], *, label: str, top: float, highlight: int | None = 0) -> Markup:
+def bars(
+    rows: Sequence[tuple[str, float, str]], *, label: str, top: float, highlight: int | None = 0, width: int = 640
+) -> Markup:
     """Horizontal bars, one line each: (name, value, value as text). `top` is the value of the full width."""
-    width, left, right, height = 640, 190, 82, 30
+    right, height = 82, 30
+    # About 7 units a letter; a name that is longer than the room is better cut than the bars squeezed away.
+    left = min(width // 2, 20 + 7.4 * max(len(name) for name, _, _ in rows))
     parts = []
     for i, (name, value, shown) in enumerate(rows):
         y = i * height
@@ -27,8 +31,8 @@ def bars(rows: Sequence[tuple[str, float, str]], *, label: str, top: float, high
         n = max(2.0, (width - left - right) * min(1.0, value / top if top > 0 else 0.0))
         fill, weight = (ACCENT, 600) if strong else ("#b8c0cc", 400)
         parts.append(
-            f'<text x="{left - 12}" y="{y + 19}" text-anchor="end" font-weight="{weight}">{escape(name)}</text>'
-            f'<rect x="{left}" y="{y + 5}" width="{n:.1f}" height="{height - 11}" rx="3" fill="{fill}"/>'
+            f'<text x="{left - 12:.1f}" y="{y + 19}" text-anchor="end" font-weight="{weight}">{escape(name)}</text>'
+            f'<rect x="{left:.1f}" y="{y + 5}" width="{n:.1f}" height="{height - 11}" rx="3" fill="{fill}"/>'
             f'<text x="{left + n + 8:.1f}" y="{y + 19}" font-weight="{weight}">{escape(shown)}</text>'
         )
     return _svg(width, len(rows) * height, label, parts)
@@ -38,7 +42,7 @@ def lines(
     series: Sequence[tuple[str, Sequence[Point]]], *, label: str, x_name: str, y_name: str, marks: Iterable[float] = ()
 ) -> Markup:
     """Curves over a common grid; the first is drawn strong, with its raw values faint behind a running mean."""
-    width, height, left, bottom, top, right = 640, 300, 46, 44, 14, 14
+    width, height, left, bottom, top, right = 500, 290, 40, 44, 14, 14
     points = [point for _, curve in series for point in curve]
     x_ticks = _ticks(0, max((x for x, _ in points), default=1), 6)
     y_ticks = _ticks(0, max((y for _, y in points), default=1), 5)
@@ -53,16 +57,12 @@ def lines(
         parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" stroke="{GRID}"/>')
         parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" fill="{QUIET}">{tick:g}</text>')
     for tick in x_ticks:
-        x, _ = place(tick, 0)
+        x, y = place(tick, 0)
         if x <= width - right + 1:
-            parts.append(
-                f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle" fill="{QUIET}">{tick:g}</text>'
-            )
+            parts.append(f'<text x="{x:.1f}" y="{y + 18}" text-anchor="middle" fill="{QUIET}">{tick:g}</text>')
     for mark in marks:
-        x, _ = place(mark, 0)
-        parts.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{height - bottom}" stroke="{QUIET}" stroke-dasharray="2 4"/>'
-        )
+        x, y = place(mark, 0)
+        parts.append(f'<path d="M{x:.1f} {top}V{y:.1f}" stroke="{QUIET}" stroke-dasharray="2 4"/>')
     for i, (name, curve) in reversed(list(enumerate(series))):
         color = PALETTE[i % len(PALETTE)]
         parts.append(f"<g><title>{escape(name)}</title>")
@@ -84,7 +84,7 @@ def columns(
     percent: bool,
 ) -> Markup:
     """Upright bars in groups, one bar of each series in every group; a missing value leaves a gap."""
-    width, height, left, bottom, above = 640, 300, 46, 34, 20
+    width, height, left, bottom, above = 500, 290, 46, 34, 20
     inner = height - bottom - above
     parts = []
     for tick in _ticks(0, top, 5):
@@ -113,16 +113,16 @@ def columns(
     return _svg(width, height, label, parts)
 
 
-def strip(parts_of_whole: Sequence[tuple[str, float, str]], *, label: str) -> Markup:
-    """One bar cut into its parts, left to right in order of time: (name, value, value as text)."""
+def strip(parts_of_whole: Sequence[tuple[str, float, str, str]], *, label: str) -> Markup:
+    """One bar cut into its parts, left to right in order of time: (name, value, value as text, colour)."""
     width, height = 1000, 34
-    total = sum(value for _, value, _ in parts_of_whole) or 1.0
+    total = sum(value for _, value, _, _ in parts_of_whole) or 1.0
     x, parts = 0.0, []
-    for i, (name, value, shown) in enumerate(parts_of_whole):
+    for name, value, shown, color in parts_of_whole:
         n = width * value / total
         parts.append(
             f"<g><title>{escape(name)}: {escape(shown)}</title>"
-            f'<rect x="{x:.1f}" y="0" width="{max(1.0, n - 2):.1f}" height="{height}" rx="3" fill="{part_color(i)}"/></g>'
+            f'<rect x="{x:.1f}" width="{max(1.0, n - 2):.1f}" height="{height}" rx="3" fill="{color}"/></g>'
         )
         x += n
     return _svg(width, height, label, parts, stretch=True)
@@ -136,13 +136,15 @@ def part_color(i: int) -> str:
 def _svg(width: float, height: float, label: str, parts: Iterable[str], *, stretch: bool = False) -> Markup:
     ratio = ' preserveAspectRatio="none" class="strip"' if stretch else ""
     return Markup(  # noqa: S704 - every text above went through escape()
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}" font-size="13" fill="{INK}"{ratio}>'
-        f"{''.join(parts)}</svg>"
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}"{ratio}'
+        f' font-size="13" fill="{INK}">{"".join(parts)}</svg>'
     )
 
 
-def _path(curve: Sequence[Point], place: object, color: str, *, width: float, opacity: float) -> str:
-    spots = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in curve)  # type: ignore[operator]
+def _path(
+    curve: Sequence[Point], place: Callable[[float, float], Point], color: str, *, width: float, opacity: float
+) -> str:
+    spots = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in curve)
     return (
         f'<polyline points="{spots}" fill="none" stroke="{color}" stroke-width="{width}" stroke-opacity="{opacity}"'
         ' stroke-linejoin="round"/>'
@@ -150,10 +152,10 @@ def _path(curve: Sequence[Point], place: object, color: str, *, width: float, op
 
 
 def _running_mean(curve: Sequence[Point]) -> list[Point]:
-    """Exponential mean over about a twentieth of the curve, unbiased at its start."""
-    if len(curve) < 20:
+    """Exponential mean over about a thirtieth of the curve, unbiased at its start; short curves stay as they are."""
+    if len(curve) < 30:
         return list(curve)
-    keep = 1 - 20 / len(curve) if len(curve) > 40 else 0.5
+    keep = max(0.5, 1 - 30 / len(curve))
     mean, weight, smooth = 0.0, 0.0, []
     for x, y in curve:
         mean, weight = keep * mean + (1 - keep) * y, keep * weight + (1 - keep)

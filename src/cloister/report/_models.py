@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class ModelRow(NamedTuple):
-    """One measured model: the key `kind` ("tuned", "before", "linear-head", "alone", "majority"), its label, its metric."""
+    """One measured model: its kind ("tuned", "before", "linear-head", "alone", "majority"), its label, its metric."""
 
     kind: str
     label: str

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,20 @@ _CLAIM_WORDS = {
     "rtmr0": "RTMR0",
     "rtmr1": "RTMR1",
     "rtmr2": "RTMR2",
-    "rtmr3": "RTMR3 (cloister, lock file, job, policy, backbone)",
+    "rtmr3": "RTMR3 (code, job, policy, weights)",
     "mr_seam": "MRSEAM (TDX module)",
     "td_attributes": "TD attributes",
     "xfam": "XFAM",
     "root_sha256": "root of trust (SHA-256)",
+}
+_PHASE_COLORS = {
+    "start": "#cbd2da",
+    "handshake": "#7a5cc0",
+    "prepare": "#e08a1e",
+    "train": "#0b6e75",
+    "evaluate": "#3b82c4",
+    "baselines": "#98a2b3",
+    "finish": "#5b9a3c",
 }
 _PROCESS_WORDS = {"server": "server enclave", "superlink": "SuperLink"}
 
@@ -80,8 +91,6 @@ def _context(result: dict[str, Any], events: list[Event]) -> dict[str, Any]:
 
 
 def _started(events: list[Event]) -> str:
-    import time
-
     first = next((event["t"] for event in events if "t" in event), None)
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(first)) if first is not None else ""
 
@@ -130,7 +139,7 @@ def _per_client(rows: list[ModelRow]) -> dict[str, Any] | None:
         series.insert(1, ("its own model alone", [own.get(client) for client in clients]))
     values = [value for _, numbers in series for value in numbers if value is not None]
     words = "; ".join(
-        f"{client}: " + ", ".join(f"{label} {human_metric(name, v[i])}" for label, v in series if v[i] is not None)
+        f"{client}: " + ", ".join(f"{label} {human_metric(name, x)}" for label, v in series if (x := v[i]) is not None)
         for i, client in enumerate(clients)
     )
     chart = _charts.columns(
@@ -163,7 +172,7 @@ def _loss(result: dict[str, Any], events: list[Event]) -> dict[str, Any] | None:
     labels = ["tuned together", *(f"{name.partition('/')[2]} alone" for name in names[1:])]
     series = [(label, sorted(curves[name].items())) for label, name in zip(labels, names, strict=True)]
     steps = sorted(epochs)
-    marks = [now - 0.5 for before, now in zip(steps, steps[1:], strict=False) if epochs[now] != epochs[before]]
+    marks = [now - 0.5 for before, now in itertools.pairwise(steps) if epochs[now] != epochs[before]]
     first, last = series[0][1][0][1], series[0][1][-1][1]
     chart = _charts.lines(
         [(label, [(float(x), y) for x, y in curve]) for label, curve in series],
@@ -195,11 +204,14 @@ def _decisions(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _claims(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the last accepted evidence states, and the job and policy that it was measured and judged by."""
     accepted = [decision for decision in result.get("evidence") or [] if decision.get("claims")]
     if not accepted:
         return []
     claims = accepted[-1]["claims"]
-    return [(words, _claim(claims[key])) for key, words in _CLAIM_WORDS.items() if claims.get(key) not in (None, "")]
+    found = [(words, _claim(claims[key])) for key, words in _CLAIM_WORDS.items() if claims.get(key) not in (None, "")]
+    hashes = [(f"{name} (SHA-384)", str(result.get(f"{name}_sha384") or "")) for name in ("job", "policy")]
+    return [*found, *(pair for pair in hashes if pair[1])]
 
 
 def _claim(value: Any) -> str:
@@ -216,24 +228,26 @@ def _byte_bars(result: dict[str, Any]) -> Markup | None:
         return None
     rows = [(name, float(n), human_bytes(n)) for name, n in found]
     words = ", ".join(f"{name} {text}" for name, _, text in rows)
-    return _charts.bars(rows, label=f"bytes carried: {words}", top=max(rows[0][1], 1.0), highlight=None)
+    return _charts.bars(rows, label=f"bytes carried: {words}", top=max(rows[0][1], 1.0), highlight=None, width=500)
 
 
 def _memory_bars(result: dict[str, Any]) -> Markup | None:
     found = sorted((result.get("peak_rss_bytes") or {}).items(), key=lambda item: -item[1])[:12]
     if not found:
         return None
-    rows = [(_PROCESS_WORDS.get(name, name), float(n), human_bytes(n)) for name, n in found]
+    rows = [(_PROCESS_WORDS.get(str(name), str(name)), float(n), human_bytes(n)) for name, n in found]
     words = ", ".join(f"{name} {text}" for name, _, text in rows)
-    return _charts.bars(rows, label=f"peak memory by process: {words}", top=max(rows[0][1], 1.0), highlight=None)
+    return _charts.bars(
+        rows, label=f"peak memory by process: {words}", top=max(rows[0][1], 1.0), highlight=None, width=500
+    )
 
 
 def _phases(result: dict[str, Any]) -> dict[str, Any] | None:
     found = [(name, float(seconds)) for name, seconds in (result.get("phases_s") or {}).items() if seconds > 0]
     if not found:
         return None
-    parts = [(name, seconds, f"{seconds:.1f} s") for name, seconds in found]
-    words = ", ".join(f"{name} {text}" for name, _, text in parts)
+    parts = [(name, seconds, f"{seconds:.1f} s", _PHASE_COLORS.get(name, "#98a2b3")) for name, seconds in found]
+    words = ", ".join(f"{name} {text}" for name, _, text, _ in parts)
     return {"chart": _charts.strip(parts, label=f"time by phase: {words}"), "parts": parts,
             "total": human_time(result.get("wall_s") or sum(s for _, s in found))}  # fmt: skip
 
@@ -246,8 +260,6 @@ def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("boundary tensors", result.get("boundary")),
         ("released at the end", {"none": "nothing"}.get(str(result.get("release")), result.get("release"))),
         ("seed", result.get("seed")),
-        ("job (SHA-384)", result.get("job_sha384")),
-        ("policy (SHA-384)", result.get("policy_sha384")),
         *(result.get("versions") or {}).items(),
     ]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]

@@ -8,13 +8,13 @@ from typing import Any
 
 
 def write_tensorboard(run_dir: Path, events: list[dict[str, Any]]) -> Path:
-    """Write `run_dir/tensorboard/<model>/events.out.tfevents.cloister`, one folder for each model, and return the folder.
+    """Write `run_dir/tensorboard/<model>/events.out.tfevents.cloister`, one folder a model, and return the folder.
 
     Scalars are `train/loss`, `train/lr`, `train/examples_per_s` by step, and `eval/<metric>` overall and per client at
     the last step. Repeating the call replaces the files.
     """
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     folder = run_dir / "tensorboard"

@@ -10,7 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cloister.train._baselines import alone_baseline, linear_head_baseline, majority_baseline
     from cloister.train._boundary import BoundaryBlock, dequantize, quantize
+    from cloister.train._checkpoint import Checkpointer, TrainState
     from cloister.train._data import (
         Columns,
         Dataset,
@@ -19,7 +21,13 @@ if TYPE_CHECKING:
         check_dataset,
         open_dataset,
     )
-    from cloister.train._near import NearEncoder, NearRun
+    from cloister.train._encoder import NearEncoder
+    from cloister.train._evaluate import EvalResult, evaluate, predict
+    from cloister.train._far import FarTrainer, StepInfo, TrainResult
+    from cloister.train._features import ExampleKey, Features, FeatureSource, MemoryFeatures
+    from cloister.train._near import NearRun
+    from cloister.train._release import export_far_state, export_release, import_far_state
+    from cloister.train._schedule import StepPlan, TrainSpec
     from cloister.train._shards import (
         Feature,
         ShardBody,
@@ -30,6 +38,7 @@ if TYPE_CHECKING:
     )
     from cloister.train._store import ShardStore, open_store, verify_shard_file
     from cloister.train._text import TextEncoder, Tokenised
+
 
 # Public name -> private module. One line a name, grouped by module; `__all__` below is the same names, sorted.
 _HOME = {
@@ -43,7 +52,7 @@ _HOME = {
     "TaskSpec": "_data",
     "check_dataset": "_data",
     "open_dataset": "_data",
-    "NearEncoder": "_near",
+    "NearEncoder": "_encoder",
     "NearRun": "_near",
     "Feature": "_shards",
     "ShardBody": "_shards",
@@ -57,27 +66,67 @@ _HOME = {
     "TextEncoder": "_text",
     "Tokenised": "_text",
     # far half: what runs inside the server enclave
+    "alone_baseline": "_baselines",
+    "linear_head_baseline": "_baselines",
+    "majority_baseline": "_baselines",
+    "Checkpointer": "_checkpoint",
+    "TrainState": "_checkpoint",
+    "EvalResult": "_evaluate",
+    "evaluate": "_evaluate",
+    "predict": "_evaluate",
+    "FarTrainer": "_far",
+    "StepInfo": "_far",
+    "TrainResult": "_far",
+    "ExampleKey": "_features",
+    "FeatureSource": "_features",
+    "Features": "_features",
+    "MemoryFeatures": "_features",
+    "export_far_state": "_release",
+    "export_release": "_release",
+    "import_far_state": "_release",
+    "StepPlan": "_schedule",
+    "TrainSpec": "_schedule",
 }
 
 __all__ = [
     "BoundaryBlock",
+    "Checkpointer",
     "Columns",
     "Dataset",
+    "EvalResult",
     "Example",
+    "ExampleKey",
+    "FarTrainer",
     "Feature",
+    "FeatureSource",
+    "Features",
+    "MemoryFeatures",
     "NearEncoder",
     "NearRun",
     "ShardBody",
     "ShardStore",
+    "StepInfo",
+    "StepPlan",
     "TaskSpec",
     "TextEncoder",
     "Tokenised",
+    "TrainResult",
+    "TrainSpec",
+    "TrainState",
+    "alone_baseline",
     "check_dataset",
     "decode_shard",
     "dequantize",
     "encode_shard",
+    "evaluate",
+    "export_far_state",
+    "export_release",
+    "import_far_state",
+    "linear_head_baseline",
+    "majority_baseline",
     "open_dataset",
     "open_store",
+    "predict",
     "quantize",
     "shard_context",
     "shard_entries",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 # block forwards and backwards costs before it sees any token, and how fast it then computes. Only their ratio matters,
 # and only for speed: it decides where a batch is cut. It is a constant so that the same job is cut in the same way,
 # and hence gives the same bits, on every run.
-_BLOCK_OVERHEAD_S = 0.8e-3
+_BLOCK_OVERHEAD_S = 1.5e-3
 _FLOP_PER_S = 140e9
 _FLOP_PER_WEIGHT = 4  # a multiplication and an addition, forwards and backwards; frozen weights get no gradient
 

@@ -19,39 +19,36 @@ class _LowRank(torch.autograd.Function):
     """y = x W^T + b + s (x A^T) B^T, W and b frozen. x [..., in], W [out, in], A [r, in], B [out, r]."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917 - autograd passes by position
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
     ) -> Tensor:
-        x2 = x.reshape(-1, x.shape[-1]).to(weight.dtype)
-        a, b = a.to(weight.dtype), b.to(weight.dtype)
-        y = torch.mm(x2, weight.t()) if bias is None else torch.addmm(bias.to(weight.dtype), x2, weight.t())
+        x2 = x.reshape(-1, x.shape[-1])
         h = torch.mm(x2, a.t())
+        y = torch.mm(x2, weight.t()) if bias is None else torch.addmm(bias, x2, weight.t())
         y.addmm_(h, b.t(), alpha=scaling)
         ctx.save_for_backward(x2, h, weight, a, b)
-        ctx.scaling, ctx.shape, ctx.x_dtype = scaling, x.shape, x.dtype
+        ctx.scaling, ctx.shape = scaling, x.shape
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x2, h, weight, a, b = ctx.saved_tensors
-        g = grads[0].reshape(-1, weight.shape[0]).to(weight.dtype)
+        g = grads[0].reshape(-1, weight.shape[0])
         gh = torch.mm(g, b).mul_(ctx.scaling)
-        gx = None
-        if ctx.needs_input_grad[0]:
-            gx = torch.mm(g, weight).addmm_(gh, a).view(ctx.shape).to(ctx.x_dtype)
-        ga = torch.mm(gh.t(), x2).float() if ctx.needs_input_grad[3] else None
-        gb = torch.mm(g.t(), h).float().mul_(ctx.scaling) if ctx.needs_input_grad[4] else None
+        # Below the first adapted layer nothing trains, so its input's gradient, a third of its work, is not asked for.
+        gx = torch.mm(g, weight).addmm_(gh, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        ga = torch.mm(gh.t(), x2) if ctx.needs_input_grad[3] else None
+        gb = torch.mm(g.t(), h).mul_(ctx.scaling) if ctx.needs_input_grad[4] else None
         return gx, None, None, ga, gb, None
 
 
-def accelerate_lora(module: nn.Module, *, bf16: bool = False) -> int:
+def accelerate_lora(module: nn.Module) -> int:
     """Replaces the forward of the module's LoRA layers by the function above, where it is the same function.
 
     Layers with dropout, biases in the adapter, a variant such as DoRA, or a base that is not `nn.Linear` keep PEFT's.
 
     Args:
         module: the far side, after `add_lora`.
-        bf16: under autocast, multiply in bfloat16; costs a bfloat16 copy of the adapted weights.
 
     Returns:
         number of layers that were replaced.
@@ -59,7 +56,7 @@ def accelerate_lora(module: nn.Module, *, bf16: bool = False) -> int:
     n = 0
     for layer in module.modules():
         if isinstance(layer, LoraLinear) and _is_plain(layer):
-            layer.forward = _forward_of(layer, bf16=bf16)  # type: ignore[method-assign]
+            layer.forward = _forward_of(layer)  # type: ignore[method-assign]
             n += 1
     return n
 
@@ -77,13 +74,11 @@ def _is_plain(layer: LoraLinear) -> bool:
     )
 
 
-def _forward_of(layer: LoraLinear, *, bf16: bool) -> Callable[[Tensor], Tensor]:
+def _forward_of(layer: LoraLinear) -> Callable[[Tensor], Tensor]:
     name = layer.active_adapters[0]
     base, a, b, scaling = layer.base_layer, layer.lora_A[name], layer.lora_B[name], float(layer.scaling[name])
-    half = base.weight.detach().to(torch.bfloat16) if bf16 else None
 
     def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
-        weight = half if half is not None and torch.is_autocast_enabled("cpu") else base.weight
-        return _LowRank.apply(x, weight, base.bias, a.weight, b.weight, scaling)  # type: ignore[no-any-return]
+        return _LowRank.apply(x, base.weight, base.bias, a.weight, b.weight, scaling)  # type: ignore[no-any-return]
 
     return forward

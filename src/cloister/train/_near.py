@@ -12,108 +12,27 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import torch
-
 from cloister import channel, wire
-from cloister.errors import CloisterError, DataError, ModelError, StoreError
-from cloister.train._boundary import Boundary, BoundaryBlock, quantize
+from cloister.errors import CloisterError, DataError, StoreError
+from cloister.train._boundary import Boundary, BoundaryBlock
 from cloister.train._data import Dataset, Example, TaskSpec
+from cloister.train._encoder import NearCallable, NearEncoder, label_tensor
 from cloister.train._journal import Journal, ShardRecord
 from cloister.train._shards import ShardBuilder, shard_context
 from cloister.train._store import ShardStore, as_store_errors, verify_shard_file
-from cloister.train._text import TextEncoder, Tokenised
+from cloister.train._text import Tokenised
 
 _log = logging.getLogger(__name__)
-
-NearCallable = Callable[..., torch.Tensor]
-"""(input_ids [B, T], attention_mask [B, T]) -> [B, T, H]; a third argument, token_type_ids, only for BERT's pairs."""
 
 SHARD_MAX_BYTES = 64 << 20
 SPLITS = ("train", "test")
 _KEY_BYTES = 32
 _WORK_HINT = "check the permissions of the run folder"
-
-
-class NearEncoder:
-    """Text to boundary blocks, batch by batch. Shared by the training run and by later questions.
-
-    Attributes:
-        text: the tokenising half.
-        boundary: number format of what comes out.
-    """
-
-    def __init__(
-        self,
-        near: NearCallable,
-        tokenizer: Any,
-        task: TaskSpec,
-        *,
-        boundary: Boundary = "int8",
-        batch_size: int = 32,
-        model_max_length: int | None = None,
-    ) -> None:
-        self._near = near
-        self.text = TextEncoder(tokenizer, task, model_max_length=model_max_length)
-        self.task = task
-        self.boundary: Boundary = boundary
-        self.batch_size = batch_size
-
-    def window(self, examples: Sequence[Example], place: Callable[[Example], str]) -> list[list[Tokenised]]:
-        """The batches of one window: sorted by length, so that little is padding. The same window, the same batches."""
-        items = sorted(self.text.encode(examples, place=place), key=lambda item: (len(item), item.index))
-        return [items[start : start + self.batch_size] for start in range(0, len(items), self.batch_size)]
-
-    def blocks(self, batch: Sequence[Tokenised]) -> list[BoundaryBlock]:
-        """The boundary block of each example of a batch; padding is gone.
-
-        Raises:
-            ModelError: the near side gives something that is no boundary tensor, or a value that is not finite.
-        """
-        lengths = [len(item) for item in batch]
-        ids = _padded([item.input_ids for item in batch], self.text.pad_id)
-        mask = (torch.arange(ids.shape[1])[None, :] < torch.tensor(lengths)[:, None]).to(torch.int64)
-        types = [item.type_ids for item in batch if item.type_ids is not None]
-        more = (_padded(types, 0),) if len(types) == len(batch) else ()
-        with torch.inference_mode():
-            hidden = self._near(ids, mask, *more)
-            if hidden.dim() != 3 or hidden.shape[:2] != ids.shape:
-                raise ModelError(f"the near side gives {list(hidden.shape)} for a batch of {list(ids.shape)}")
-            try:
-                block = quantize(hidden[mask.bool()].cpu(), self.boundary)
-            except DataError as error:
-                number = next(i for i, end in enumerate(itertools.accumulate(lengths)) if (error.row or 0) < end)
-                raise ModelError(
-                    f"the boundary tensor of example {batch[number].index} is not finite or overflows", hint=error.hint
-                ) from None
-        return _split(block, lengths)
-
-    def question(self, texts: Sequence[str | tuple[str, str]]) -> bytes:
-        """The body of a `PredictRequest` for texts (or pairs, or prompts), in the order given.
-
-        *Secret*: this client and the server enclave.
-
-        Raises:
-            DataError: no text, an empty one, or one over the limit; its number counts from 1.
-        """
-        examples = [_question(i, text, self.task) for i, text in enumerate(texts)]
-        if not examples:
-            raise DataError("there is no text to predict for", hint="give at least one")
-        items = self.text.encode(examples, place=lambda example: f"text {example.row}")
-        builder: ShardBuilder | None = None
-        for start in range(0, len(items), self.batch_size):
-            batch = items[start : start + self.batch_size]
-            for item, block in zip(batch, self.blocks(batch), strict=True):
-                builder = builder or ShardBuilder(self.boundary, self.task, int(block.values.shape[1]))
-                builder.add(item.index, block, None, _label_tensor(item))
-        pieces = bytearray()
-        if builder is not None:
-            builder.write_to(pieces.extend)
-        return bytes(pieces)
 
 
 class NearRun:
@@ -228,7 +147,7 @@ class NearRun:
     def _remove_leftovers(self, keep: set[Path]) -> None:
         """Ciphertext that an earlier run left and that no journal names."""
         with as_store_errors("cannot tidy the work folder", self._work_dir, hint=_WORK_HINT):
-            for left in (*self._work_dir.glob("*.part"), *self._work_dir.glob("*.sealed")):
+            for left in (*self._work_dir.glob("shard-*.part"), *self._work_dir.glob("shard-*.sealed")):
                 if left not in keep:
                     left.unlink(missing_ok=True)
 
@@ -292,7 +211,7 @@ class NearRun:
         self._progress(journal, 0)
 
     def _seal(self, builder: ShardBuilder, record: dict[str, Any], journal: Journal) -> None:
-        temporary = self._work_dir / f"{record['split']}-{record['index']}.part"
+        temporary = self._work_dir / f"shard-{record['split']}-{record['index']}.part"
         context = shard_context(self._run_id, self._client, record["split"], record["index"])
         try:
             with as_store_errors("cannot write a shard", temporary, hint=_WORK_HINT):
@@ -318,7 +237,7 @@ class NearRun:
         path.unlink(missing_ok=True)
 
     def _sealed_path(self, name: str) -> Path:
-        return self._work_dir / f"{name}.sealed"
+        return self._work_dir / f"shard-{name}.sealed"
 
     def _progress(self, journal: Journal, n_open: int) -> None:
         n_done = sum(record.n_examples for record in journal.shards) + n_open
@@ -367,7 +286,7 @@ class _OpenShard:
             self._hidden_size = int(block.values.shape[1])
             encoder = self._run._encoder
             self._builder = ShardBuilder(encoder.boundary, encoder.task, self._hidden_size)
-        self._builder.add(item.index, block, item.label, _label_tensor(item))
+        self._builder.add(item.index, block, item.label, label_tensor(item))
         self._n_truncated += item.truncated
 
     def close(self) -> None:
@@ -394,29 +313,3 @@ def _windows(dataset: Iterable[Example], size: int) -> Iterator[list[Example]]:
     examples = iter(dataset)
     while window := list(itertools.islice(examples, size)):
         yield window
-
-
-def _padded(rows: Sequence[list[int]], fill: int) -> torch.Tensor:
-    out = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.int64)
-    for target, row in zip(out, rows, strict=True):
-        target[: len(row)] = torch.tensor(row, dtype=torch.int64)
-    return out
-
-
-def _split(block: BoundaryBlock, lengths: Sequence[int]) -> list[BoundaryBlock]:
-    values = block.values.split(list(lengths))
-    scales = [None] * len(lengths) if block.scales is None else block.scales.split(list(lengths))
-    return [BoundaryBlock(*pair) for pair in zip(values, scales, strict=True)]
-
-
-def _label_tensor(item: Tokenised) -> torch.Tensor | None:
-    return None if item.labels is None else torch.tensor(item.labels, dtype=torch.int64)
-
-
-def _question(index: int, text: str | tuple[str, str], task: TaskSpec) -> Example:
-    first, second = (text, None) if isinstance(text, str) else text
-    if not first.strip() or (second is not None and not second.strip()):
-        raise DataError(f"text {index + 1} is empty", row=index + 1, hint="leave it out")
-    if task.name == "causal-lm":
-        return Example(index, index + 1, prompt=first)
-    return Example(index, index + 1, text=first, text_b=second)

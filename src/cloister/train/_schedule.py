@@ -7,7 +7,6 @@ anywhere continues with the same examples at the same rate.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +15,6 @@ import torch
 from cloister.errors import ConfigError, Problem
 
 Schedule = Literal["cosine", "linear", "constant"]
-Precision = Literal["fp32", "bf16"]
 
 _MAX_SEED = 2**63
 
@@ -39,10 +37,6 @@ class TrainSpec:
         client_weights: how much one example of a client counts, by name; 1 for a client that is not listed. The
             weights are scaled so that the mean over all examples is 1, so they do not change the learning rate.
         max_steps: stop after so many optimiser steps, if that is sooner.
-        group_by_length: draw each batch from examples of similar length. Rarely useful: batches are cut into pieces of
-            similar length anyway, which costs no randomness (see `micro_batches`).
-        precision: "fp32", or "bf16" for matrix products in bfloat16 with float32 weights, sums and optimiser: up to
-            twice as fast on processors with bfloat16 units, slower on others.
     """
 
     epochs: int = 3
@@ -57,8 +51,6 @@ class TrainSpec:
     checkpoint_every_steps: int = 50
     client_weights: tuple[tuple[str, float], ...] | None = None
     max_steps: int | None = None
-    group_by_length: bool = False
-    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
         at_least_one = ("epochs", "batch_size", "grad_accumulation", "checkpoint_every_steps")
@@ -126,29 +118,12 @@ class StepPlan:
         """Whether `step` is the last of its epoch, or of the run."""
         return (step + 1) % self.steps_per_epoch == 0 or step + 1 == self.n_steps
 
-    def batches(self, epoch: int, lengths: Sequence[int]) -> list[list[int]]:
-        """The examples of each step of an epoch, as positions in the canonical order.
+    def batches(self, epoch: int) -> list[list[int]]:
+        """The examples of each step of an epoch (counted from 0), as positions in the canonical order.
 
         A global shuffle: one permutation over all clients' examples, drawn from the seed and the epoch alone.
-
-        Args:
-            epoch: counted from 0.
-            lengths: tokens of each example; read only for `group_by_length`.
         """
         generator = torch.Generator().manual_seed((self.spec.seed + epoch) % _MAX_SEED)
         order: list[int] = torch.randperm(self.n_examples, generator=generator).tolist()
         size = self.spec.examples_per_step
-        if not self.spec.group_by_length:
-            return [order[i : i + size] for i in range(0, len(order), size)]
-        # Grouping sorts windows of the permutation, then shuffles the batches: lengths within a batch are similar,
-        # and a batch still holds a random choice of its window's examples of that length.
-        window = size * _GROUP_WINDOW_BATCHES
-        batches: list[list[int]] = []
-        for start in range(0, len(order), window):
-            members = sorted(order[start : start + window], key=lambda i: lengths[i])
-            batches += [members[i : i + size] for i in range(0, len(members), size)]
-        shuffled = torch.randperm(len(batches), generator=generator).tolist()
-        return [batches[i] for i in shuffled]
-
-
-_GROUP_WINDOW_BATCHES = 16  # as many batches as transformers' LengthGroupedSampler would sort at 800 examples
+        return [order[i : i + size] for i in range(0, len(order), size)]

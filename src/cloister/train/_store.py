@@ -61,10 +61,9 @@ def open_store(url: str | Path, **storage_options: Any) -> ShardStore:
             fs, root = fsspec.url_to_fs(text, **storage_options)
             return _FolderStore(fs, root, shown) if _is_local(fs) else ShardStore(fs, root, shown)
     except ImportError as error:
-        package = "cloister[s3]" if text.startswith(("s3:", "s3a:")) else str(error.name or "the fsspec backend")
-        raise StoreError(
-            f"{shown}: the package for this kind of store is not installed", path=shown, hint=f"pip install '{package}'"
-        ) from None
+        cause = f"{shown}: the package for this kind of store is not installed"
+        is_s3 = text.startswith(("s3:", "s3a:"))
+        raise StoreError(cause, path=shown, hint="pip install 'cloister[s3]'" if is_s3 else str(error)) from None
     except ValueError as error:
         raise StoreError(
             f"{shown}: not a store that fsspec knows ({error})", path=shown, hint="use a folder, s3://..., gs://..."

@@ -23,14 +23,14 @@ _HEAD_MINIMUM = {24: 24, 25: 1 << 8, 26: 1 << 16, 27: 1 << 32}
 _FLOAT_FORMATS = {_HALF: ">e", _SINGLE: ">f", _DOUBLE: ">d"}
 
 
-def encode(value: object) -> bytes:
-    """Encode None, bool, int (64 bit), float, str, bytes, sequences and mappings with text keys.
+def encode(value: object, *, prefix: bytes = b"") -> bytes:
+    """Encode None, bool, int (64 bit), float, str, bytes, sequences and mappings with text keys; behind `prefix`.
 
     Raises:
         MalformedMessageError: a value of another type, an integer outside 64 bits, or text that is not Unicode.
         LimitExceededError: nested deeper than `MAX_CBOR_DEPTH`, which no peer would accept.
     """
-    out: list[bytes] = []
+    out = [prefix]  # joined once, so that a message of 1 GiB is not copied again for its five leading bytes
     _encode(value, out, 0)
     return b"".join(out)
 

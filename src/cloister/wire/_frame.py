@@ -66,7 +66,7 @@ def pack(kind: str, body: Mapping[str, object]) -> bytes:
         MalformedMessageError: the kind or a value cannot be encoded.
     """
     _check_kind(kind)
-    return b"".join((MAGIC, bytes([VERSION]), _cbor.encode([kind, body])))
+    return _cbor.encode([kind, body], prefix=MAGIC + bytes([VERSION]))
 
 
 def unpack_any(blob: Blob, *, max_bytes: int = MAX_MESSAGE_BYTES) -> tuple[str, dict[str, Any]]:

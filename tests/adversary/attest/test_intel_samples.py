@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from cloister.attest import INTEL_ROOT_SHA256, Policy, verify_evidence
 from cloister.errors import (
     AttestationError,
@@ -16,6 +17,7 @@ from cloister.wire import Evidence
 
 TDX_NOW = 1750332747
 SGX_NOW = 1750334171
+OUTDATED_NOW = 1771419600
 REPORT_DATA = bytes.fromhex(
     "9a9d48e7f6799642d3d1b34e1e5e1742d4bb02dd6ddd551862c1211d35c304f9"
     "eca3efdbb481601c163cf52493d6e44aed55d51ec39b7e518fadb92c2b523f20"
@@ -39,9 +41,9 @@ def verify(evidence: Evidence, text: str = POLICY, *, now: int = TDX_NOW, report
     return verify_evidence(evidence, Policy.parse(text.encode()), role="server", report_data=report_data, now=now)
 
 
-def sample(folder, name: str, *, type: str = "tdx", collateral: str | None = None) -> Evidence:
+def sample(folder, name: str, *, declared: str = "tdx", collateral: str | None = None) -> Evidence:
     aux = (folder / (collateral or f"{name}_collateral.json")).read_bytes()
-    return Evidence(type, (folder / name).read_bytes(), aux)
+    return Evidence(declared, (folder / name).read_bytes(), aux)
 
 
 def test_real_quote_is_accepted_at_its_time(samples):
@@ -56,7 +58,7 @@ def test_real_quote_is_accepted_at_its_time(samples):
 def test_real_quote_declared_simulated(samples):
     text = POLICY.replace('accept = ["tdx"]', 'accept = ["tdx", "simulated"]\nallow_simulated = true')
     with pytest.raises(PolicyRejectedError, match='declared "simulated"'):
-        verify(sample(samples, "tdx_quote", type="simulated"), text)
+        verify(sample(samples, "tdx_quote", declared="simulated"), text)
 
 
 @pytest.mark.parametrize("name", ["dynamic", "cached_keys", "smt"])
@@ -93,7 +95,7 @@ def test_intel_root_not_pinned(samples):
 def test_outdated_platform_without_a_matching_level(samples):
     evidence = sample(samples, "tdx_quote_outdated")
     with pytest.raises(PolicyRejectedError, match="TCB level"):
-        verify(evidence, now=TDX_NOW)
+        verify(evidence, now=OUTDATED_NOW)
 
 
 def test_sgx_quote_as_tdx(samples):

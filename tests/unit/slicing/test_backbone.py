@@ -60,6 +60,13 @@ def test_inspecting_needs_no_torch(folder: Path) -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)
 
 
+def test_an_unknown_name_of_the_package() -> None:
+    import cloister.slicing
+
+    with pytest.raises(AttributeError, match="nonsense"):
+        cloister.slicing.nonsense  # noqa: B018
+
+
 def test_defaults_of_the_family_count(folder: Path) -> None:
     edit_config(folder, max_position_embeddings=None)
     assert inspect_backbone(folder).max_length == 2048  # LlamaConfig's default

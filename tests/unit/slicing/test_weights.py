@@ -83,6 +83,19 @@ def test_a_pickled_checkpoint_is_left_to_transformers(folder: Path, batch: tuple
     assert torch.equal(logits(folder, batch), expected)
 
 
+@pytest.mark.parametrize("says_tied", [True, False])
+def test_a_checkpoint_that_stores_a_head_beside_the_embedding(
+    llama: Path, batch: tuple[Tensor, Tensor], says_tied: bool
+) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": says_tied}))
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    with torch.no_grad():
+        expected = model(input_ids=batch[0], attention_mask=batch[1]).logits
+    real = batch[1].bool()
+    torch.testing.assert_close(logits(llama, batch)[real], expected[real], atol=1e-6, rtol=0)
+
+
 def test_half_precision_is_widened(llama: Path, batch: tuple[Tensor, Tensor]) -> None:
     rewrite(llama, lambda s: {n: t.to(torch.bfloat16) for n, t in s.items()})
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)

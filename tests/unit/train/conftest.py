@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,18 @@ def encoder_tokenizer(encoder_folder: Path) -> Any:
 @pytest.fixture(scope="session")
 def decoder_tokenizer(decoder_folder: Path) -> Any:
     return load_tokenizer(inspect_backbone(decoder_folder))
+
+
+@pytest.fixture(scope="session")
+def s3_options() -> Iterator[dict[str, Any]]:
+    """Storage options of an S3 server on this machine."""
+    pytest.importorskip("s3fs", reason="the s3 extra is not installed")
+    server_module = pytest.importorskip("moto.server", reason="moto is not installed")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield {"endpoint_url": f"http://{host}:{port}", "key": "test", "secret": "test-secret"}
+    server.stop()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Datasets: every format gives the same examples, and every bad row is named with its file, place, column and a hint."""
+"""Datasets: every format gives the same examples; a bad row is named with file, place, column and a hint."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 
 from cloister import train
 from cloister.errors import DataError
+from cloister.testing import shared_dir
 
 LABELS = ("cardiology", "oncology", "neurology")
 ROWS: list[dict[str, Any]] = [
@@ -285,6 +286,20 @@ class TestFolders:
             file.write_bytes(b"not arrow")
         with pytest.raises(DataError, match="cannot be read"):
             list(_open(folder, split="train"))
+
+
+def test_real_data_is_split_among_clients_without_loss() -> None:
+    shared = shared_dir()
+    if shared is None:
+        pytest.skip("the shared data folder is not there (CLOISTER_SHARED)")
+    folder = shared / "data" / "datasets" / "hoc"
+    task = train.TaskSpec(
+        "sequence-classification", labels=tuple(json.loads((folder / "meta.json").read_text())["labels"])
+    )
+    whole = _open(folder / "train.jsonl", task)
+    parts = [_open(folder / "train.jsonl", task, where={"clients.natural": k}) for k in range(5)]
+    assert len(whole) == sum(len(part) for part in parts) == 2733
+    assert sorted(e.row for part in parts for e in part) == [e.row for e in whole]
 
 
 def test_check_dataset_reads_only_the_first_rows(write_jsonl: Callable[..., Path]) -> None:

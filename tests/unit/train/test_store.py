@@ -1,13 +1,13 @@
-"""The store: whole or not there, never another's bytes, and one error class for whatever fails. Folder, memory and S3."""
+"""The store, as folder, in memory and on S3: whole or not there, never another's bytes, one branch of errors."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import importlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,6 @@ from cloister.train import ShardStore, open_store, verify_shard_file
 BLOB = b"ciphertext" * 1000
 NAME = hashlib.sha256(BLOB).hexdigest()
 OTHER = "0" * 64
-
-
-@pytest.fixture(scope="module")
-def s3_options() -> Iterator[dict[str, Any]]:
-    pytest.importorskip("s3fs", reason="the s3 extra is not installed")
-    server_module = pytest.importorskip("moto.server", reason="moto is not installed")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield {"endpoint_url": f"http://{host}:{port}", "key": "test", "secret": "test-secret"}
-    server.stop()
 
 
 @pytest.fixture(params=["folder", "memory", "s3"])
@@ -176,10 +165,9 @@ class TestOpening:
         assert caught.value.hint
 
     def test_a_missing_package_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import fsspec.registry
-
+        # The attribute of that name on the package is another thing, so the module is taken by its name.
+        monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, "s3", raising=False)
         monkeypatch.setitem(sys.modules, "s3fs", None)
-        monkeypatch.delitem(fsspec.registry._registry, "s3", raising=False)
         with pytest.raises(StoreError, match="not installed") as caught:
             open_store("s3://bucket/x")
         assert caught.value.hint == "pip install 'cloister[s3]'"

@@ -1,0 +1,5 @@
+"""ClientApp: courier of one client."""
+
+from cloister.federation._courier_client import make_app
+
+app = make_app()

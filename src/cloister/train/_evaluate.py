@@ -1,0 +1,168 @@
+"""How good a far side is on held-out features, of every client and overall; and its answers to questions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cloister.errors import DataError
+from cloister.train._batching import collate
+from cloister.train._loss import Scored, score
+
+if TYPE_CHECKING:
+    from cloister.slicing import FarSide
+    from cloister.train._data import TaskSpec
+    from cloister.train._features import ExampleKey, Features
+    from cloister.train._shards import Feature
+
+_TOKENS_AT_ONCE = 4096  # padding included; enough for the kernels, small beside the backbone
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """A metric on held-out examples.
+
+    Attributes:
+        name: "accuracy" (higher is better) or "perplexity" (lower is better, at least 1).
+        value: over all examples of all clients.
+        per_client: the same on each client's own examples; only clients that have some.
+        n: examples of each client.
+        loss: mean negative log likelihood, in nats, per label or per token.
+        extra: "macro_f1", or "token_accuracy".
+    """
+
+    name: str
+    value: float
+    per_client: dict[str, float]
+    n: dict[str, int]
+    loss: float
+    extra: dict[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As result.json has it."""
+        return {
+            "name": self.name,
+            "value": self.value,
+            "per_client": dict(self.per_client),
+            "n": dict(self.n),
+            "loss": self.loss,
+            "extra": dict(self.extra),
+        }
+
+
+def evaluate(far: FarSide, source: Features, task: TaskSpec, split: str = "test") -> EvalResult:
+    """Measures a far side on one split of every client.
+
+    Accuracy for sequence-classification; for causal-lm the perplexity of the completions.
+
+    Raises:
+        DataError: the split is empty.
+    """
+    far.eval()
+    keys = source.split(split)
+    if not keys:
+        raise DataError(f"no client has an example in its {split} split", hint="look at the clients' `test` files")
+    # Examples of one length side by side need no padding, and a metric does not depend on their order.
+    order = sorted(range(len(keys)), key=lambda i: source.n_tokens(keys[i]))
+    rows: list[_Row] = []
+    for batch in _by_tokens(order, [source.n_tokens(key) for key in keys]):
+        features = [source.get(keys[i]) for i in batch]
+        rows += _rows([keys[i] for i in batch], features, score(far, features))
+    return _result(rows, task)
+
+
+@torch.no_grad()
+def predict(far: FarSide, features: Sequence[Feature], task: TaskSpec) -> Tensor:
+    """Answers to questions, in their order. *secret*: for the client that asked.
+
+    Returns:
+        sequence-classification: probabilities, float [n, n_labels]. causal-lm: most likely next token, int64 [n].
+    """
+    far.eval()
+    answers: list[Tensor] = [torch.empty(0)] * len(features)
+    lengths = [len(feature.hidden) for feature in features]
+    order = sorted(range(len(features)), key=lengths.__getitem__)
+    for batch in _by_tokens(order, lengths):
+        hidden, mask = collate([features[i].hidden for i in batch])
+        if task.name == "sequence-classification":
+            found = far(hidden, mask).softmax(dim=-1)
+        else:
+            read = far.features(hidden, mask)
+            found = far.head(read[torch.arange(len(batch)), mask.sum(dim=1) - 1]).argmax(dim=-1)
+        for i, answer in zip(batch, found, strict=True):
+            answers[i] = answer
+    if answers:
+        return torch.stack(answers)
+    return torch.empty(0, len(task.labels)) if task.labels else torch.empty(0, dtype=torch.long)
+
+
+@dataclass(frozen=True)
+class _Row:
+    client: str
+    label: int | None
+    predicted: int | None
+    loss_sum: float
+    n_targets: int
+    n_correct: int
+
+
+def _rows(keys: Sequence[ExampleKey], features: Sequence[Feature], scored: Scored) -> list[_Row]:
+    predicted = [None] * len(keys) if scored.predicted is None else scored.predicted.tolist()
+    parts = (scored.loss_sum.tolist(), scored.n_targets.tolist(), scored.n_correct.tolist())
+    return [
+        _Row(key.client, feature.label, guess, loss_sum, n_targets, n_correct)
+        for key, feature, guess, loss_sum, n_targets, n_correct in zip(keys, features, predicted, *parts, strict=True)
+    ]
+
+
+def _result(rows: Sequence[_Row], task: TaskSpec) -> EvalResult:
+    clients = sorted({row.client for row in rows})
+    mine = {client: [row for row in rows if row.client == client] for client in clients}
+    n = {client: len(found) for client, found in mine.items()}
+    loss = _mean_loss(rows)
+    if task.name == "sequence-classification":
+        per_client = {client: _hit_rate(found) for client, found in mine.items()}
+        extra = {"macro_f1": macro_f1([row.label for row in rows], [row.predicted for row in rows])}
+        return EvalResult("accuracy", _hit_rate(rows), per_client, n, loss, extra)
+    per_client = {client: _perplexity(_mean_loss(found)) for client, found in mine.items()}
+    return EvalResult("perplexity", _perplexity(loss), per_client, n, loss, {"token_accuracy": _hit_rate(rows)})
+
+
+def macro_f1(labels: Sequence[int | None], predicted: Sequence[int | None]) -> float:
+    """Mean over classes of 2 TP / (2 TP + FP + FN), over the classes that occur among labels or predictions."""
+    classes = set(labels) | set(predicted)
+    pairs = list(zip(labels, predicted, strict=True))
+    scores = []
+    for cls in classes:
+        hits = sum(1 for label, guess in pairs if label == cls == guess)
+        scores.append(2 * hits / (labels.count(cls) + predicted.count(cls)))
+    return sum(scores) / len(scores)
+
+
+def _hit_rate(rows: Sequence[_Row]) -> float:
+    return sum(row.n_correct for row in rows) / max(1, sum(row.n_targets for row in rows))
+
+
+def _mean_loss(rows: Sequence[_Row]) -> float:
+    return math.fsum(row.loss_sum for row in rows) / max(1, sum(row.n_targets for row in rows))
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))  # beyond 709 a float overflows, and such a model is equally useless
+
+
+def _by_tokens(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Runs of `order`, which is sorted by length, that stay under the token limit when padded."""
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) + 1) * lengths[i] > _TOKENS_AT_ONCE:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

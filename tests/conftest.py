@@ -1,0 +1,23 @@
+"""What every test shares: a home of its own, so that no test touches this user's simulated platform, and no network."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cloister_home(tmp_path_factory: pytest.TempPathFactory):
+    home = tmp_path_factory.mktemp("home")
+    before = os.environ.get("CLOISTER_HOME")
+    os.environ["CLOISTER_HOME"] = str(home)
+    yield home
+    if before is None:
+        del os.environ["CLOISTER_HOME"]
+    else:
+        os.environ["CLOISTER_HOME"] = before
