@@ -15,13 +15,13 @@ class Upload:
     n_done: int = 0
     n_total: int = 0
     n_bytes: int = 0
-    first_t: float = 0.0
+    first_t: float | None = None
     first_done: int = 0
     last_t: float = 0.0
 
     def seconds_left(self) -> float | None:
         """At the average speed since the first report; None before there is one."""
-        done, seconds = self.n_done - self.first_done, self.last_t - self.first_t
+        done, seconds = self.n_done - self.first_done, self.last_t - (self.first_t or 0.0)
         return (self.n_total - self.n_done) * seconds / done if done > 0 and seconds > 0 else None
 
 
@@ -35,13 +35,13 @@ class Training:
     lr: float | None = None
     examples_per_s: float = 0.0
     losses: list[float] = field(default_factory=list)
-    first_t: float = 0.0
+    first_t: float | None = None
     first_step: int = 0
     last_t: float = 0.0
 
     def seconds_left(self) -> float | None:
         """At the average speed since the first step seen, so that a resumed run is not measured by steps before it."""
-        done, seconds = self.step - self.first_step, self.last_t - self.first_t
+        done, seconds = self.step - self.first_step, self.last_t - (self.first_t or 0.0)
         return (self.n_steps - self.step) * seconds / done if done > 0 and seconds > 0 else None
 
 
@@ -116,7 +116,7 @@ class Board:
         if upload.n_total and event["n_done"] < upload.n_done:
             return
         upload.n_done, upload.n_total, upload.n_bytes = event["n_done"], event["n_total"], event.get("n_bytes", 0)
-        if not upload.first_t:
+        if upload.first_t is None:
             upload.first_t, upload.first_done = self.last_t, upload.n_done
         upload.last_t = self.last_t
 
@@ -124,13 +124,13 @@ class Board:
         training = self.trainings.setdefault(str(event.get("model", "federated")), Training())
         if event["step"] < training.step:  # A restarted enclave goes back to its checkpoint.
             del training.losses[event["step"] :]
-            training.first_t = 0.0
+            training.first_t = None
         training.step, training.n_steps, training.epoch = event["step"], event["n_steps"], event.get("epoch", 0)
         training.lr = event.get("lr", training.lr)
         training.examples_per_s = event.get("examples_per_s", 0.0)
         if event.get("loss") is not None:
             training.losses.append(float(event["loss"]))
-        if not training.first_t:
+        if training.first_t is None:
             training.first_t, training.first_step = self.last_t, training.step
         training.last_t = self.last_t
 

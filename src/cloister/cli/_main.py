@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,8 +138,9 @@ def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
 def show_error(error: CloisterError, *, as_json: bool = False) -> None:
     """`error:` and `hint:` lines on stderr; every problem of a configuration, every reason of a refusal."""
     if as_json:
-        fields = {"event": "error", "code": error.code, "cause": error.cause, "hint": error.hint}
-        sys.stdout.write(json.dumps({**fields, "exit_code": error.exit_code}) + "\n")
+        event = {"t": round(time.time(), 3), "source": "run", "event": "error", "code": error.code}
+        event |= {"cause": error.cause, "hint": error.hint, "exit_code": error.exit_code}
+        sys.stdout.write(json.dumps(event) + "\n")
         sys.stdout.flush()
     if isinstance(error, ConfigError):
         where = f"{error.source}: " if error.source else ""

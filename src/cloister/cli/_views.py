@@ -201,10 +201,18 @@ def _warning_lines(event: Event, _: Board) -> list[str]:
     return [f"warning: {event.get('cause')}"]
 
 
+def _error_lines(event: Event, _: Board) -> list[str]:
+    """One party's error as it happens: the run may go on without it, and ends with its own error if it cannot."""
+    party = event.get("peer") or event.get("source")
+    hint = f" ({event['hint']})" if event.get("hint") else ""
+    return [f"{party}: error: {event.get('cause')}{hint}"]
+
+
 _FORMATTERS: dict[str, Callable[[Event, Board], list[str]]] = {
     "run": _run_lines,
     "phase": _phase_lines,
     "evidence": _evidence_lines,
+    "error": _error_lines,
     "metric": _metric_lines,
     "restart": _restart_lines,
     "serving": _serving_lines,

@@ -8,6 +8,12 @@ import json
 import socket
 import sys
 
-with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as keeper:
-    keeper.connect(sys.argv[1])
-    keeper.sendall(json.dumps({"role": sys.argv[2], "argv": sys.argv[3:]}).encode())
+
+def main() -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as keeper:
+        keeper.connect(sys.argv[1])
+        keeper.sendall(json.dumps({"role": sys.argv[2], "argv": sys.argv[3:]}).encode())
+
+
+if __name__ == "__main__":
+    main()

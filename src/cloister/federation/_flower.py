@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import socket
+import ssl
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -115,6 +116,19 @@ class FlowerSetup:
 
     def log(self, name: str) -> str:
         return str(self.logs / f"{name}.log")
+
+    def superlink_answers(self) -> bool:
+        """Whether what listens on the port is our own SuperLink: only it has a certificate of this run's CA."""
+        try:
+            with socket.create_connection((self._host, self.port), timeout=5.0) as plain:
+                if self.tls is None:
+                    plain.sendall(f"GET /health HTTP/1.0\r\nHost: {self._host}\r\n\r\n".encode())
+                    return plain.recv(12).startswith(b"HTTP/1.")
+                context = ssl.create_default_context(cafile=str(self.tls.ca))
+                with context.wrap_socket(plain, server_hostname=self._host):
+                    return True
+        except (OSError, ssl.SSLError):
+            return False
 
     # --- command lines --------------------------------------------------------------------------------------------
 

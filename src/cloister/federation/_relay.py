@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
-import ssl
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -151,13 +149,7 @@ class Relay:
         if self._keeper_ is None:
             return
         if not self._keeper.is_alive:
-            self._deaths.count("keeper")
-            self._keeper.close()
-            known = {name: (node.node_id, node.n_losses + 1) for name, node in self._nodes.items()}
-            self._forget()
-            for name, (node_id, n_losses) in known.items():
-                self._nodes[name].node_id, self._nodes[name].n_losses = node_id, n_losses
-            self._bring_up()
+            self._bring_up_again()
             return
         self._pump()
         self._raise_courier_failure()
@@ -227,6 +219,19 @@ class Relay:
             self._start_node(node)
         self._restart_app()
 
+    def _bring_up_again(self) -> None:
+        """After the keeper was killed, and everything with it. The SuperLink's database is still there."""
+        self._deaths.count("keeper")
+        self._keeper.close()
+        known = {name: (node.node_id, node.n_losses + 1) for name, node in self._nodes.items()}
+        flower_run = self._flower_run
+        self._forget()
+        for name, (node_id, n_losses) in known.items():
+            self._nodes[name].node_id, self._nodes[name].n_losses = node_id, n_losses
+        # Has to be stopped: a node waits for the rest of a message that its ServerApp had not sent whole.
+        self._flower_run = flower_run
+        self._bring_up()
+
     def _start_superlink(self) -> None:
         setup = self._setup
         self._keeper.start(_SUPERLINK, setup.superlink(), env=setup.env(), log=setup.log(_SUPERLINK))
@@ -250,24 +255,10 @@ class Relay:
                     n_ports += 1
                     self._setup.use_port(free_port(self._host))
                     self._start_superlink()
-            if self._answers():
+            if self._setup.superlink_answers():
                 return True
             time.sleep(0.05)
         return False
-
-    def _answers(self) -> bool:
-        """Whether what listens on the port is our own SuperLink: only it has a certificate of this run's CA."""
-        setup = self._setup
-        try:
-            with socket.create_connection((self._host, setup.port), timeout=5.0) as plain:
-                if setup.tls is None:
-                    plain.sendall(f"GET /health HTTP/1.0\r\nHost: {self._host}\r\n\r\n".encode())
-                    return plain.recv(12).startswith(b"HTTP/1.")
-                context = ssl.create_default_context(cafile=str(setup.tls.ca))
-                with context.wrap_socket(plain, server_hostname=self._host):
-                    return True
-        except (OSError, ssl.SSLError):
-            return False
 
     def _register_nodes(self) -> None:
         """Tells the SuperLink the node keys that may log in, and learns the ids it gives them."""

@@ -83,6 +83,7 @@ def _context(result: dict[str, Any], events: list[Event]) -> dict[str, Any]:
         "phases": _phases(result),
         "memory_chart": _memory_bars(result),
         "facts": _facts(result),
+        "left_out": result.get("left_out") or [],
         "visibility": result.get("visibility") or [],
         "warnings": [str(e["cause"]) for e in events if e.get("event") == "warning" and e.get("cause")],
         "restarts": [str(e["process"]) for e in events if e.get("event") == "restart" and e.get("process")],

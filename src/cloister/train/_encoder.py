@@ -13,7 +13,7 @@ from cloister.errors import DataError, ModelError
 from cloister.train._boundary import Boundary, BoundaryBlock, quantize
 from cloister.train._data import Example, TaskSpec
 from cloister.train._shards import ShardBuilder
-from cloister.train._text import TextEncoder, Tokenised
+from cloister.train._text import IGNORED, TextEncoder, Tokenised
 
 NearCallable = Callable[..., torch.Tensor]
 """(input_ids [B, T], attention_mask [B, T]) -> [B, T, H]; a third argument, token_type_ids, only for BERT's pairs."""
@@ -91,7 +91,7 @@ class NearEncoder:
         ids = [*item.input_ids, *made]
         if self.text.limit is not None and len(ids) >= self.text.limit:
             return None
-        return self._body([replace(item, input_ids=ids, labels=None)])
+        return self._body([replace(item, input_ids=ids, labels=[IGNORED] * len(ids))])
 
     def _body(self, items: Sequence[Tokenised]) -> bytes:
         builder: ShardBuilder | None = None

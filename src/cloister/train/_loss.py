@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
 from cloister.train._batching import collate
 
 if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
     from cloister.slicing import FarSide
     from cloister.train._shards import Feature
 

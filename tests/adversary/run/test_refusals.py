@@ -1,4 +1,4 @@
-"""A client releases nothing to an enclave that its policy does not accept: other policy, other measurement, other code."""
+"""A client releases nothing to an enclave that its policy does not accept: wrong policy, measurement or code."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 
 import cloister
 from cloister import run
-from cloister.api import Launch, Programs
-from cloister.attest import Policy, SimulatedRoot, render_policy
+from cloister.api import Programs
+from cloister.api._platform import simulated_platform
+from cloister.attest import render_policy
 from cloister.cli import main
 from cloister.errors import AttestationError, EvidenceSignatureError, MeasurementMismatchError, PolicyRejectedError
 from cloister.testing import FakeRelay, write_tiny_job
@@ -35,11 +36,15 @@ class Recording:
         return {Envelope.parse(blob).kind for relay in self.relays for _, way, blob in relay.seen if way == "up"}
 
 
-def _refused(job: Path, runs: Path, expected: type[AttestationError], *, programs: Programs | None = None) -> AttestationError:
+def _refused(
+    job: Path, runs: Path, expected: type[AttestationError], *, programs: Programs | None = None
+) -> AttestationError:
     recording = Recording()
     base = programs or Programs()
     with pytest.raises(expected) as caught:
-        run(job, runs_dir=runs, programs=Programs(server=base.server, client=base.client, relay=recording, env=base.env))
+        run(
+            job, runs_dir=runs, programs=Programs(server=base.server, client=base.client, relay=recording, env=base.env)
+        )
     folder = (runs / "latest").resolve()
     assert recording.sent_by_clients() <= {"f2", "error"}, "a client sent more than a handshake flight"
     assert "f2" in recording.sent_by_clients(), "the handshake never got to the evidence"
@@ -53,22 +58,18 @@ def _policy_job(tmp_path: Path, policy: bytes) -> Path:
     return write_tiny_job(tmp_path, training=TRAINING, sections='[policy]\nfile = "policy.toml"\n')
 
 
-def test_policy_of_another_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    root = SimulatedRoot.create(tmp_path / "platform", now=1_800_000_000)
-    policy = render_policy(root_sha256=root.root_sha256, server_rtmr3=[b"\1" * 48])
+def test_policy_of_another_measurement(tmp_path: Path):
+    policy = render_policy(root_sha256=simulated_platform().root_sha256, server_rtmr3=[b"\1" * 48])
     job = _policy_job(tmp_path, policy)
-    _use_platform(tmp_path / "platform", monkeypatch)
     error = _refused(job, tmp_path / "runs", MeasurementMismatchError)
     assert "rtmr3" in error.cause and error.exit_code == 5 and error.hint
 
 
-def test_policy_that_allows_no_simulated_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    root = SimulatedRoot.create(tmp_path / "platform", now=1_800_000_000)
-    text = render_policy(root_sha256=root.root_sha256, server_rtmr3=[b"\1" * 48]).decode()
+def test_policy_that_allows_no_simulated_evidence(tmp_path: Path):
+    text = render_policy(root_sha256=simulated_platform().root_sha256, server_rtmr3=[b"\1" * 48]).decode()
     strict = text.replace("allow_simulated = true", "allow_simulated = false").replace('"simulated"', '"tdx"')
     assert strict != text
     job = _policy_job(tmp_path, strict.encode())
-    _use_platform(tmp_path / "platform", monkeypatch)
     error = _refused(job, tmp_path / "runs", PolicyRejectedError)
     assert "simulated" in error.cause
 
@@ -79,7 +80,7 @@ def test_policy_that_pins_another_root(tmp_path: Path):
 
 
 def test_an_enclave_of_other_code(tmp_path: Path):
-    """The same program with one line more, on the same genuine platform: its measurement differs, and that is enough."""
+    """The same program with one line more, on the same genuine platform: its measurement differs; that is enough."""
     other = tmp_path / "other"
     shutil.copytree(Path(cloister.__file__).parent, other / "cloister", ignore=shutil.ignore_patterns("__pycache__"))
     with (other / "cloister" / "federation" / "_far_work.py").open("a") as file:
@@ -106,10 +107,6 @@ def test_a_client_refuses_a_job_that_it_has_not_approved(tmp_path: Path):
 
     job = write_tiny_job(tmp_path, training=TRAINING)
 
-    def swap(launch: Launch) -> None:
-        raise AssertionError("unreachable")
-
-    del swap
     client = (sys.executable, "-c", "import runpy, cloister.api._folder as f; "
               "read = f.RunFolder.read_job; "
               "change = lambda j: j.model_copy(update={'training': j.training.model_copy(update={'epochs': 9})}); "
@@ -119,16 +116,3 @@ def test_a_client_refuses_a_job_that_it_has_not_approved(tmp_path: Path):
         run(job, runs_dir=tmp_path / "runs", programs=Programs(client=client, relay=FakeRelay))
     assert caught.value.code == "federation.job"
     assert list((tmp_path / "runs" / "latest" / "inbox").iterdir()) == []
-
-
-def _use_platform(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets the run's machine be the platform that the policy was written for."""
-
-    def create(target: Path, *, now: int) -> SimulatedRoot:
-        shutil.copytree(folder, target)
-        root = SimulatedRoot.open(target)
-        root.refresh(now=now)
-        return root
-
-    monkeypatch.setattr(SimulatedRoot, "create", create)
-    assert Policy is not None

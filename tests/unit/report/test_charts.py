@@ -32,9 +32,13 @@ def test_bars_stay_inside(rows, top):
         assert float(x) + float(n) <= width
 
 
-@given(st.lists(st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e6)), min_size=1, max_size=50), min_size=1, max_size=3))
+@given(
+    st.lists(st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e6)), min_size=1, max_size=50), min_size=1, max_size=3)
+)
 def test_curves_stay_inside(curves):
-    svg = str(_charts.lines([(str(i), c) for i, c in enumerate(curves)], label="x", x_name="s", y_name="l", marks=[0.5]))
+    svg = str(
+        _charts.lines([(str(i), c) for i, c in enumerate(curves)], label="x", x_name="s", y_name="l", marks=[0.5])
+    )
     for points in re.findall(r'points="([^"]*)"', svg):
         for point in points.split():
             x, y = map(float, point.split(","))

@@ -49,6 +49,12 @@ def test_longest_piece_comes_first_and_no_overhead_means_no_padding():
     assert lengths[pieces[0][0]] == 9
 
 
+def test_a_huge_batch_is_cut_quickly_into_bounded_pieces():
+    pieces = micro_batches([1 + i % 50 for i in range(5000)], overhead=30, max_examples=5000)
+    assert sum(len(piece) for piece in pieces) == 5000
+    assert max(len(piece) for piece in pieces) <= 256
+
+
 def test_dear_pieces_are_not_cut():
     assert len(micro_batches([1, 100], overhead=10_000, max_examples=2)) == 1
 

@@ -1,0 +1,180 @@
+"""What every bench shares: the table's format (design/style.md), 95 % intervals, and watching a tree of processes."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "bench" / "results"
+
+COLUMNS = (
+    "measure",
+    "ours",
+    "peer",
+    "unit",
+    "ratio",
+    "ratio_low",
+    "ratio_high",
+    "goal",
+    "n",
+    "hardware",
+    "commit",
+    "date",
+)
+
+# Student's t at 97.5 % for n - 1 degrees of freedom, by n; beyond the table the next smaller n's, which is wider.
+_T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 15: 2.145, 20: 2.093, 30: 2.045}  # fmt: skip
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def row(measure: str, ours: Sequence[float], peer: Sequence[float], unit: str, goal: str = "") -> dict[str, Any]:
+    """One line of a bench's results: means of both, and the mean of the pairs' ratios ours / peer with its 95 % interval.
+
+    The interval is Student's over the pairs; with one pair there is none and its ends stay empty.
+    """
+    ratios = [a / b if b else math.inf for a, b in zip(ours, peer, strict=True)]
+    mean, n = statistics.fmean(ratios), len(ratios)
+    half = t_975(n) * statistics.stdev(ratios) / math.sqrt(n) if n > 1 else math.nan
+    return {
+        "measure": measure,
+        "ours": f"{statistics.fmean(ours):.6g}",
+        "peer": f"{statistics.fmean(peer):.6g}",
+        "unit": unit,
+        "ratio": f"{mean:.4f}",
+        "ratio_low": "" if math.isnan(half) else f"{mean - half:.4f}",
+        "ratio_high": "" if math.isnan(half) else f"{mean + half:.4f}",
+        "goal": goal,
+        "n": n,
+        "hardware": hardware(),
+        "commit": commit(),
+        "date": date.today().isoformat(),
+    }
+
+
+def t_975(n: int) -> float:
+    """Half-width of a 95 % interval of a mean of n, in standard errors."""
+    return _T_975[max(known for known in _T_975 if known <= n)]
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes the results and tells them, and where they are."""
+    rows = list(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    for line in rows:
+        goal = f" (goal {line['goal']})" if line["goal"] else ""
+        print(f"{line['measure']}: {line['ours']} / {line['peer']} {line['unit']} = {line['ratio']}{goal}")
+    print(f"wrote {path}", file=sys.stderr)
+
+
+def out_path(name: str, given: Path | None, *, quick: bool) -> Path:
+    """Where results go: a smoke run does not overwrite the figures that the README quotes."""
+    return given or RESULTS / ("quick" if quick else "") / f"{name}.csv"
+
+
+def hardware() -> str:
+    """The processor, and how many of its threads this process may use."""
+    names = re.findall(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} threads"
+
+
+def commit() -> str:
+    """The checkout's commit; with a plus sign where the source differs from it."""
+    return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "--", "src") else "")
+
+
+def _git(*arguments: str) -> str:
+    argv = ["git", "-C", str(REPOSITORY), *arguments]
+    found = subprocess.run(argv, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or ("unknown" if arguments[0] == "rev-parse" else "")
+
+
+def load_average() -> float:
+    """Processes that wanted a processor in the last minute: a bench on a busy machine says little."""
+    return os.getloadavg()[0]
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+class TreeWatch:
+    """Peak memory of a process and all its descendants, sampled from the kernel's own counters in a thread.
+
+    Resident set sizes count a page once for every process that maps it, so the sum is an upper bound; it is the same
+    bound for both sides of a comparison, and it can be read of a process that is not dumpable.
+    """
+
+    EVERY_S = 0.5
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="tree-watch", daemon=True)
+        self.largest_bytes = 0
+        self.sum_bytes = 0
+        self.by_process: dict[str, int] = {}
+        """High-water mark by process, named by id and command."""
+
+    def __enter__(self) -> TreeWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.EVERY_S):
+            total = 0
+            for pid in _tree(self._pid):
+                status = _read(f"/proc/{pid}/status")
+                total += _kib(status, "VmRSS")
+                peak = _kib(status, "VmHWM")
+                name = re.search(r"^Name:\s*(.+)$", status, re.MULTILINE)
+                key = f"{pid} {name.group(1) if name else '?'}"
+                self.by_process[key] = max(self.by_process.get(key, 0), peak)
+                self.largest_bytes = max(self.largest_bytes, peak)
+            self.sum_bytes = max(self.sum_bytes, total)
+
+
+def _tree(root: int) -> list[int]:
+    """The process and its descendants, from one look at /proc."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit() and (fields := _read(path / "stat").rpartition(")")[2].split()):
+            children.setdefault(int(fields[1]), []).append(int(path.name))
+    found, pending = [], [root]
+    while pending:
+        pid = pending.pop()
+        found.append(pid)
+        pending += children.get(pid, [])
+    return found
+
+
+def _kib(status: str, field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else 0
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

