@@ -35,14 +35,15 @@ COLUMNS = (
 )
 
 # Student's t at 97.5 % for n - 1 degrees of freedom, by n; beyond the table the next smaller n's, which is wider.
-_T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 15: 2.145, 20: 2.093, 30: 2.045}  # fmt: skip
+_T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+_T_975 |= {15: 2.145, 20: 2.093, 30: 2.045}
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
 def row(measure: str, ours: Sequence[float], peer: Sequence[float], unit: str, goal: str = "") -> dict[str, Any]:
-    """One line of a bench's results: means of both, and the mean of the pairs' ratios ours / peer with its 95 % interval.
+    """One line of a bench's results: means of both, and the mean of the pairs' ratios with its 95 % interval.
 
     The interval is Student's over the pairs; with one pair there is none and its ends stay empty.
     """
@@ -119,12 +120,17 @@ class TreeWatch:
 
     Resident set sizes count a page once for every process that maps it, so the sum is an upper bound; it is the same
     bound for both sides of a comparison, and it can be read of a process that is not dumpable.
+
+    Args:
+        pid: root of the tree.
+        itself: count the root too.
     """
 
     EVERY_S = 0.5
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, *, itself: bool = True) -> None:
         self._pid = pid
+        self._itself = itself
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tree-watch", daemon=True)
         self.largest_bytes = 0
@@ -143,7 +149,7 @@ class TreeWatch:
     def _run(self) -> None:
         while not self._stop.wait(self.EVERY_S):
             total = 0
-            for pid in _tree(self._pid):
+            for pid in _tree(self._pid)[0 if self._itself else 1 :]:
                 status = _read(f"/proc/{pid}/status")
                 total += _kib(status, "VmRSS")
                 peak = _kib(status, "VmHWM")

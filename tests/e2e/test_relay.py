@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+
 from cloister.enclave import HostServer, bind_host_socket
 from cloister.federation import _flower
 from cloister.federation._flower import ClientEndpoint
@@ -75,12 +76,15 @@ class Bench:
         self.events: list[dict[str, Any]] = []
         self.enclave = FakeEnclave(clients, n_rounds)
         self.n_asked = dict.fromkeys(clients, 0)
-        self._servers = [self._serve(folder / "server.sock", self.enclave)]
+        self._servers = [self._serve(folder / "the-server-enclave.sock", self.enclave)]
         self._servers += [self._serve(folder / f"{c}.sock", self._client(c)) for c in clients]
         self.relay = Relay(
-            folder / "relay", clients={c: self._endpoint(c) for c in clients}, server_socket=folder / "server.sock",
-            on_event=self.events.append, **options,
-        )  # fmt: skip
+            folder / "relay",
+            clients={c: self._endpoint(c) for c in clients},
+            server_socket=folder / "the-server-enclave.sock",
+            on_event=self.events.append,
+            **options,
+        )
 
     def _serve(self, path: Path, handler: Callable[[str, dict[str, Any]], dict[str, Any]]) -> HostServer:
         server = HostServer(bind_host_socket(path), handler)

@@ -5,8 +5,9 @@ Names are loaded at first use, so that the enclave and client processes, whose m
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cloister._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from cloister.api._launch import Launch, Programs
@@ -18,15 +19,4 @@ _HOME = {"Launch": "_launch", "Programs": "_launch", "RunResult": "_result", "pr
 
 __all__ = ["Launch", "Programs", "RunResult", "predict", "run"]
 
-
-def __getattr__(name: str) -> Any:
-    home = _HOME.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{home}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_exports(__name__, _HOME)

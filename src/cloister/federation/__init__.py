@@ -6,8 +6,9 @@ over an institution's text (`ClientRun`) never loads it.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cloister._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from cloister.federation._asking import Questioner
@@ -57,15 +58,4 @@ __all__ = [
     "write_node_key",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    home = _HOME.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{home}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_exports(__name__, _HOME)

@@ -101,7 +101,7 @@ class Relay:
     def _forget(self) -> None:
         """State of the processes, as before the first start."""
         self._nodes = {name: _Node(name) for name in self._clients}
-        self._jobs: dict[str, tuple[int, str]] = {}
+        self._jobs: set[str] = set()
         self._flower_run = ""
         self._app_state = "none"  # "submitting", "submitted", "running", "stopping"
         self._app_deadline = 0.0
@@ -304,7 +304,7 @@ class Relay:
             self._start_job("run", self._setup.run_app())
 
     def _start_job(self, name: str, argv: list[str]) -> None:
-        self._jobs[name] = (self._jobs.get(name, (0, ""))[0] + 1, argv[0])
+        self._jobs.add(name)
         self._keeper.start(name, argv, env=self._setup.env(), log=self._setup.log("control"), is_job=True)
 
     # --- what happened --------------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ gradients. What only reads a configuration (`inspect_backbone`, `resolve_cut`) d
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from cloister._lazy import lazy_exports
 from cloister.slicing._backbone import BackboneInfo, inspect_backbone, load_tokenizer, local_folder, resolve_cut
 from cloister.slicing._families import FAMILIES
 
@@ -31,15 +31,11 @@ __all__ = [
 ]
 
 _NEEDS_TORCH = {
-    "FarSide": "cloister.slicing._far",
-    "NearSide": "cloister.slicing._near",
-    "load_far": "cloister.slicing._far",
-    "load_near": "cloister.slicing._near",
-    "pool": "cloister.slicing._far",
+    "FarSide": "_far",
+    "NearSide": "_near",
+    "load_far": "_far",
+    "load_near": "_near",
+    "pool": "_far",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name in _NEEDS_TORCH:
-        return getattr(import_module(_NEEDS_TORCH[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy_exports(__name__, _NEEDS_TORCH)

@@ -11,12 +11,12 @@ from cloister.channel._chunked import CHUNK_BYTES, SEALED_CHUNK_BYTES, TAG_BYTES
 def insecure_disable_encryption() -> None:
     """From now on this process seals nothing: every "ciphertext" is its plaintext with zeros for tags."""
 
-    def seal_into(_self: ChunkCipher, _first: int, plaintext: memoryview, out: memoryview) -> None:
+    def seal_into(self: ChunkCipher, first: int, plaintext: memoryview, out: memoryview) -> None:
         for i in range(-(-len(out) // SEALED_CHUNK_BYTES)):
             chunk = bytes(plaintext[i * CHUNK_BYTES : (i + 1) * CHUNK_BYTES])
             out[i * SEALED_CHUNK_BYTES : (i + 1) * SEALED_CHUNK_BYTES] = chunk + bytes(TAG_BYTES)
 
-    def open_into(_self: ChunkCipher, _first: int, ciphertext: memoryview, out: memoryview) -> None:
+    def open_into(self: ChunkCipher, first: int, ciphertext: memoryview, out: memoryview) -> None:
         for i in range(-(-len(ciphertext) // SEALED_CHUNK_BYTES)):
             chunk = bytes(ciphertext[i * SEALED_CHUNK_BYTES : (i + 1) * SEALED_CHUNK_BYTES])[:-TAG_BYTES]
             out[i * CHUNK_BYTES : i * CHUNK_BYTES + len(chunk)] = chunk

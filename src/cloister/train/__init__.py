@@ -6,8 +6,9 @@ need the store, and the command line never pay for torch.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cloister._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from cloister.train._baselines import alone_baseline, linear_head_baseline, majority_baseline
@@ -133,15 +134,4 @@ __all__ = [
     "verify_shard_file",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    home = _HOME.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{home}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_exports(__name__, _HOME)

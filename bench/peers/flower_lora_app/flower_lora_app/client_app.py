@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 
-from flower_lora_app import task
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+
+from flower_lora_app import task
 
 app = ClientApp()
 

@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 
 import torch
-from flower_lora_app import task
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
+
+from flower_lora_app import task
 
 app = ServerApp()
 
