@@ -20,7 +20,7 @@ from cloister.testing import FakeRelay, write_tiny_job
 
 # Slow enough that there is time to kill: one example a batch, many steps, a checkpoint now and then.
 SECTIONS = "[method]\nnear_batch_size = 1\n[federation]\npatience_s = 1.5\n[store]\nshard_max_bytes = 65536\n"
-TRAINING = "epochs = 40\nbatch_size = 8\nlr = 0.002\ncheckpoint_every_steps = 20"
+TRAINING = "epochs = 12\nbatch_size = 8\nlr = 0.002\ncheckpoint_every_steps = 20"
 VICTIMS = ("client/alpha", "clientapp-alpha", "serverapp", "supernode-beta", "superlink", "server")
 
 

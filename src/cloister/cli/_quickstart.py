@@ -28,7 +28,10 @@ _HOME = {
     **dict.fromkeys((5, 14, 15, 16, 17, 18, 21), _LAKE),
 }
 _PER_CHAPTER = 95  # 21 chapters make 1,995 descriptions: enough to learn from, and about a minute on two cores.
-_TEST_EVERY = 5  # Every fifth category is held out, whole.
+_TEST_SHARE = 0.2
+# Descriptions of about one line: a chapter shows in how their words go together ("congenital", "sequela of", "in
+# pregnancy"), where shorter ones are often one rare word, which no other text explains.
+_MIN_CHARS, _MAX_CHARS = 45, 110
 # Of 20 examples of a chapter 17 are at its home hospital, 2 at the next and 1 at the third: patients do not always turn
 # up where their disease is a specialty.
 _SPREAD = (0,) * 17 + (1,) * 2 + (2,)
@@ -141,34 +144,45 @@ def _catalogue() -> tuple[list[str], list[Description]]:
         titles.append(title)
         # Walking down is instant in this package, walking up is very slow.
         leaves = [code for code in icd.get_descendants(str(number)) if icd.is_leaf(code)]
-        taken = 0
-        for code, held_out in _in_turn(leaves):
+        texts: dict[str, str] = {}
+        for code in _in_turn(leaves):
             text = icd.get_description(code)
-            if taken == _PER_CHAPTER:
-                break
-            if text not in seen:
+            if text not in seen and _MIN_CHARS <= len(text) <= _MAX_CHARS:
                 seen.add(text)
-                chosen.append(Description(code, text, number - 1, held_out))
-                taken += 1
+                texts[code] = text
+            if len(texts) == _PER_CHAPTER:
+                break
+        held_out = _held_out(list(texts))
+        chosen += [Description(code, text, number - 1, code[:3] in held_out) for code, text in texts.items()]
     return titles, chosen
 
 
-def _in_turn(leaves: list[str]) -> Iterator[tuple[str, bool]]:
-    """Leaf codes taken in turn from every three-character category, with whether that category is held out.
-
-    A category is held out whole: its codes differ in little more than "left" and "right", so a test text would
-    otherwise have a twin in training.
-    """
+def _in_turn(leaves: list[str]) -> Iterator[str]:
+    """Leaf codes taken in turn from every three-character category, so that a chapter is covered in its breadth."""
     categories: dict[str, list[str]] = {}
     for code in leaves:
         categories.setdefault(code[:3], []).append(code)
     order = sorted(categories, key=lambda category: _hash("category", category))
-    held_out = {category: i % _TEST_EVERY == _TEST_EVERY - 1 for i, category in enumerate(order)}
-    queues = [sorted(categories[category], key=lambda code: _hash("code", code)) for category in order]
-    for turn in zip_longest(*queues):
-        for code in turn:
-            if code is not None:
-                yield code, held_out[code[:3]]
+    for turn in zip_longest(
+        *(sorted(categories[category], key=lambda code: _hash("code", code)) for category in order)
+    ):
+        yield from (code for code in turn if code is not None)
+
+
+def _held_out(codes: list[str]) -> set[str]:
+    """The categories that are held out whole, with a fifth of the codes.
+
+    Codes of one category differ in little more than "left" and "right", so a test text would otherwise have a twin in
+    training.
+    """
+    found: set[str] = set()
+    n = 0
+    for category in sorted({code[:3] for code in codes}, key=lambda category: _hash("held-out", category)):
+        if n >= _TEST_SHARE * len(codes):
+            break
+        found.add(category)
+        n += sum(code.startswith(category) for code in codes)
+    return found
 
 
 def _hash(label: str, text: str) -> bytes:

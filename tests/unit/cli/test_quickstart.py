@@ -45,7 +45,7 @@ def test_there_are_enough_examples_of_every_chapter(folder: Path):
     assert 1500 <= len(train) + len(test) <= 2000
     for label in load_job(folder / "job.toml").task.labels:
         assert sum(row["label"] == label for row in train) >= 50
-        assert sum(row["label"] == label for row in test) >= 8
+        assert sum(row["label"] == label for row in test) >= 19
 
 
 def test_no_text_is_twice_and_no_category_is_on_both_sides(folder: Path):

@@ -144,3 +144,13 @@ def test_perplexity_of_a_hopeless_model_is_finite(make_job):
             parameter.mul_(1e5)
     assert math.isfinite(evaluate(far, job.source(), job.task).value)
     assert TaskSpec("causal-lm").labels == ()
+
+
+def test_batches_change_no_metric(make_job, monkeypatch):
+    job = make_job()
+    far, source = job.far(), job.source()
+    whole = evaluate(far, source, job.task)
+    monkeypatch.setattr("cloister.train._evaluate._TOKENS_AT_ONCE", 20)
+    parts = evaluate(far, source, job.task)
+    assert parts.value == whole.value
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-5)

@@ -253,3 +253,22 @@ def test_state_of_another_release_is_refused(tmp_path):
         write_sealed(tmp_path / "checkpoint.sealed", body, key=KEY, label="far-checkpoint", version=0)
         with pytest.raises(StateMismatchError, match="another release"):
             checkpointer(tmp_path).load()
+
+
+def test_an_adapter_that_is_there_is_trained_on(make_job, lora):
+    """The server places the adapter itself, so that an untrained far side can be evaluated the same way."""
+    job = make_job()
+    far = job.far(SPEC.seed)
+    add_lora(far, lora, seed=SPEC.seed)
+    FarTrainer(far, SPEC, lora, job.task, job.source()).train()
+    assert_same_bits(far, run(job, lora)[0])
+
+
+def test_a_checkpoint_without_optimiser_state_is_refused(make_job, lora, tmp_path):
+    job = make_job()
+    run(job, lora, replace(SPEC, max_steps=1), checkpoint=checkpointer(tmp_path))
+    state = checkpointer(tmp_path).load()
+    kept = {name: tensor for name, tensor in state.tensors.items() if not name.startswith("exp_avg/")}
+    checkpointer(tmp_path).save(replace(state, tensors=kept))
+    with pytest.raises(StateMismatchError, match="no optimiser state"):
+        run(job, lora, replace(SPEC, max_steps=1), checkpoint=checkpointer(tmp_path))
