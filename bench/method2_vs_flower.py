@@ -1,10 +1,13 @@
 """Method 2 beside plain Flower + PEFT LoRA: the same data, model, epochs, adapter and batches, whole runs of both.
 
 Ours is `cloister.run` of recipes/hoc-five-institutions without its baselines: five institutions, attestation, sealed
-shards, relay over TLS. The peer is bench/peers/flower_lora.py on the same files, without any security. Both start all of
-their processes anew for every run, on this machine, in alternation.
+shards, relay over TLS. The peer is bench/peers/flower_lora.py on the same files, without any security. Both start all
+of their processes anew for every run, on this machine, in alternation.
 
-    python bench/method2_vs_flower.py [--quick] [--pairs 5] [--layers all upper] [--peer-threads 0]
+The peer is given what makes it quick: no evaluation but one of the final model, and as many torch threads in each app
+as there are processors for it. (With torch's own choice, `--peer-threads 0`, five apps wait for each other's cores.)
+
+    python bench/method2_vs_flower.py [--quick] [--pairs 5] [--layers all upper] [--peer-threads N]
                                       [--out bench/results/method2_vs_flower.csv] [--keep FOLDER]
 
 Needs the `quickstart` extra. Without the project's data folder (CLOISTER_SHARED, or `shared` beside the checkout) the
@@ -32,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench._common import REPOSITORY, TreeWatch, load_average, out_path, row, write_csv
 from bench.peers.flower_lora import PeerJob, run_peer
+
 from cloister.config import Job, load_job
 from cloister.testing import shared_dir
 
@@ -287,7 +291,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke run: one pair, few examples")
     parser.add_argument("--pairs", type=int, help="default: 5, or 1 with --quick")
     parser.add_argument("--layers", nargs="+", choices=tuple(LAYERS), default=["all"], help="the peer's LoRA")
-    parser.add_argument("--peer-threads", type=int, default=0, help="of torch in each Flower app; 0: torch's choice")
+    parser.add_argument("--peer-threads", type=int, help="of torch in each Flower app; 0: torch's own choice")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--keep", type=Path, help="work in this folder and leave everything there")
     parser.add_argument("--side", type=Path, help=argparse.SUPPRESS)
@@ -303,7 +307,10 @@ def main() -> None:
         setting = make_setting(folder / "data", quick=args.quick)
         # Both sides' libraries once through the page cache, so that whoever is first does not pay for it.
         subprocess.run([sys.executable, "-c", "import peft, transformers.models.bert, flwr.serverapp"], check=True)
-        found = compare(setting, folder, n_pairs=n_pairs, layers=args.layers, num_threads=args.peer_threads)
+        num_threads = args.peer_threads
+        if num_threads is None:
+            num_threads = max(1, len(os.sched_getaffinity(0)) // len(setting.job.clients))
+        found = compare(setting, folder, n_pairs=n_pairs, layers=args.layers, num_threads=num_threads)
     write_csv(out_path("method2_vs_flower", args.out, quick=args.quick), table(found, setting.epochs))
     tell_phases(found)
 
