@@ -7,18 +7,23 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cloister.attest import Policy, measure_folder
 from cloister.enclave import HostServer, bind_host_socket
+from cloister.errors import CloisterError
 
 from ._events import EventFile
 from ._folder import RunFolder
 from ._process import die_with_parent, fail_on_thread_bug, run_main, set_up_logging
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from cloister.federation import ClientPlan
+    from cloister.slicing import BackboneInfo, NearSide
     from cloister.train import NearRun
 
 
@@ -46,24 +51,41 @@ def _serve(folder: RunFolder, name: str, socket_path: Path, events: EventFile) -
 
     listener = bind_host_socket(socket_path)
     plan = client_plan(folder.read_job(), folder, Policy.load(folder.policy), name)
-    run = ClientRun(plan, near_run=near_run_factory(plan), now=time.time, emit=events.emit)
+    near = NearSideLoader(plan)
+    run = ClientRun(plan, near_run=near.near_run, now=time.time, emit=events.emit)
     events.emit("ready", pid=os.getpid())
     server = HostServer(listener, run.handle)
     threading.Thread(target=server.serve_forever, name="host-port", daemon=True).start()
+    near.start()
     run.wait_for_stop()
 
 
-def near_run_factory(plan: ClientPlan) -> Callable[[Callable[[int, int, int], None], threading.Event], NearRun]:
-    """Builds the near run, once the server enclave is verified and asks for it."""
+class NearSideLoader:
+    """Loads the public near side while the relay comes up and the handshake runs; the text is not touched by that."""
 
-    def build(on_progress: Callable[[int, int, int], None], stop: threading.Event) -> NearRun:
+    def __init__(self, plan: ClientPlan) -> None:
+        self._plan = plan
+        self._loaded: Future[tuple[NearSide, PreTrainedTokenizerBase, BackboneInfo]] = Future()
+
+    def start(self) -> None:
+        """Loads in the calling thread; an error waits for whoever needs the near side."""
         from cloister.slicing import inspect_backbone, load_near, load_tokenizer
+
+        try:
+            info = inspect_backbone(self._plan.model.path)
+            self._loaded.set_result((load_near(info, self._plan.model.cut_layer), load_tokenizer(info), info))
+        except CloisterError as error:
+            self._loaded.set_exception(error)
+
+    def near_run(self, on_progress: Callable[[int, int, int], None], stop: threading.Event) -> NearRun:
+        """The near run; called once the server enclave is verified and asks for it."""
         from cloister.train import NearRun, open_store
 
-        info = inspect_backbone(plan.model.path)
+        plan = self._plan
+        near, tokenizer, info = self._loaded.result()
         return NearRun(
-            load_near(info, plan.model.cut_layer),
-            load_tokenizer(info),
+            near,
+            tokenizer,
             plan.task,
             model_max_length=info.max_length,
             near_digest=measure_folder(Path(plan.model.path)) + bytes([plan.model.cut_layer]),
@@ -78,8 +100,6 @@ def near_run_factory(plan: ClientPlan) -> Callable[[Callable[[int, int, int], No
             on_progress=on_progress,
             stop=stop,
         )
-
-    return build
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from ._folder import RunFolder
 
 QUIET_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Idle OpenMP threads sleep instead of spinning. Several processes share the cores of one machine here, and a thread that
-spins takes the core from the one that it waits for: small training steps were 16 times slower on two busy cores."""
+"""Idle OpenMP threads sleep instead of spinning. Here several processes share the cores of one machine, and a thread that
+spins takes the core from the one it waits for: small training steps were 16 times slower on two busy cores."""
 
 MAX_RESTARTS = 3
 STOP_TIMEOUT_S = 5.0
@@ -211,7 +211,10 @@ class Launch:
     def _client_child(self, name: str) -> Child:
         argv = [*self._programs.client, "--run", str(self._folder.path), "--name", name,
                 "--socket", str(self.client_socket(name))]  # fmt: skip
-        return Child(f"client/{name}", argv, env=self._programs.env, log=self._folder.logs / f"client-{name}.log")
+        # Every client computes at the same time, and on this machine they share the cores.
+        threads = max(1, (os.cpu_count() or 1) // len(self._job.client_names))
+        env = {"OMP_NUM_THREADS": str(threads), **os.environ, **self._programs.env}
+        return Child(f"client/{name}", argv, env=env, log=self._folder.logs / f"client-{name}.log")
 
     def _revive(self, child: Child) -> None:
         code = child.code
