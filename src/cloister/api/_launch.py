@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from ._folder import RunFolder
 
 QUIET_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Idle OpenMP threads sleep instead of spinning. Here several processes share the cores of one machine, and a thread that
-spins takes the core from the one it waits for: small training steps were 16 times slower on two busy cores."""
+"""Idle OpenMP threads sleep instead of spinning. Several processes share the cores of one machine here, and a thread
+that spins takes the core from the one it waits for: small steps were 16 times slower on two busy cores."""
 
 MAX_RESTARTS = 3
 STOP_TIMEOUT_S = 5.0
