@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,17 +110,19 @@ def test_a_text_over_the_limit(tmp_path):
 
 def test_a_shard_altered_by_one_byte(tmp_path):
     altered: list[str] = []
+    lock = threading.Lock()
 
     def relay(run_dir: Path, **kwargs) -> FakeRelay:
         made = FakeRelay(run_dir, **kwargs)
 
         def tamper(client: str, way: str, blob: bytes) -> bytes:
-            for path in sorted((run_dir.parent / "inbox").glob("?" * 64)):
-                if not altered:
-                    data = bytearray(path.read_bytes())
-                    data[len(data) // 2] ^= 1
-                    path.write_bytes(data)
-                    altered.append(path.name)
+            with lock:  # one thread a client
+                for path in sorted((run_dir.parent / "inbox").glob("?" * 64)):
+                    if not altered:
+                        data = bytearray(path.read_bytes())
+                        data[len(data) // 2] ^= 1
+                        path.write_bytes(data)
+                        altered.append(path.name)
             return blob
 
         made.tamper = tamper

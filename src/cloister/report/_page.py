@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ _CLAIM_WORDS = {
     "xfam": "XFAM",
     "root_sha256": "root of trust (SHA-256)",
 }
+_TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ?")
+# In the order of a run: result.json sorts its keys.
 _PHASE_COLORS = {
     "start": "#cbd2da",
     "handshake": "#7a5cc0",
@@ -194,14 +197,15 @@ def _clients(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _decisions(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Decisions with equal reasons under one heading: usually all clients', said once."""
-    groups: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
+    """Decisions with equal reasons, but for the time of day, under one heading: usually all clients', said once."""
+    groups: dict[tuple[bool, tuple[str, ...]], dict[str, Any]] = {}
     for decision in result.get("evidence") or []:
-        key = (bool(decision["accepted"]), tuple(decision.get("reasons") or ()))
-        names = groups.setdefault(key, [])
-        if decision["client"] not in names:
-            names.append(decision["client"])
-    return [{"clients": names, "accepted": key[0], "reasons": key[1]} for key, names in groups.items()]
+        accepted, reasons = bool(decision["accepted"]), list(decision.get("reasons") or ())
+        key = (accepted, tuple(_TIME.sub("", reason) for reason in reasons))
+        group = groups.setdefault(key, {"clients": [], "accepted": accepted, "reasons": reasons})
+        if decision["client"] not in group["clients"]:
+            group["clients"].append(decision["client"])
+    return list(groups.values())
 
 
 def _claims(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -244,7 +248,11 @@ def _memory_bars(result: dict[str, Any]) -> Markup | None:
 
 
 def _phases(result: dict[str, Any]) -> dict[str, Any] | None:
-    found = [(name, float(seconds)) for name, seconds in (result.get("phases_s") or {}).items() if seconds > 0]
+    times = result.get("phases_s") or {}
+    known = [
+        (name, times[name]) for name in (*_PHASE_COLORS, *sorted(set(times) - set(_PHASE_COLORS))) if name in times
+    ]
+    found = [(name, float(seconds)) for name, seconds in known if seconds > 0]
     if not found:
         return None
     parts = [(name, seconds, f"{seconds:.1f} s", _PHASE_COLORS.get(name, "#98a2b3")) for name, seconds in found]
