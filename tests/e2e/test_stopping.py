@@ -44,7 +44,7 @@ def _gone(family: list[psutil.Process], within_s: float = 10.0) -> list[psutil.P
 @pytest.mark.slow
 @pytest.mark.xdist_group("stopping")
 def test_ctrl_c_stops_everything_and_the_run_can_be_resumed(tmp_path: Path):
-    job = write_tiny_job(tmp_path, training=LONG)
+    job = write_tiny_job(tmp_path, clients=("alpha",), training=LONG)
     process = _start(job, tmp_path / "runs")
     _wait_for(process, "step", n=30)
     family = _family(process.pid)
@@ -61,7 +61,7 @@ def test_ctrl_c_stops_everything_and_the_run_can_be_resumed(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.xdist_group("stopping")
 def test_a_killed_launcher_leaves_no_orphan(tmp_path: Path):
-    process = _start(write_tiny_job(tmp_path, training=LONG), tmp_path / "runs")
+    process = _start(write_tiny_job(tmp_path, clients=("alpha",), training=LONG), tmp_path / "runs")
     _wait_for(process, "step")
     family = _family(process.pid)
     os.kill(process.pid, signal.SIGKILL)
@@ -73,7 +73,7 @@ def test_a_killed_launcher_leaves_no_orphan(tmp_path: Path):
 @pytest.mark.xdist_group("stopping")
 def test_two_runs_at_once_on_one_machine(tmp_path: Path):
     def one(name: str) -> int:
-        job = write_tiny_job(tmp_path / name, training="epochs = 1\nbatch_size = 8")
+        job = write_tiny_job(tmp_path / name, clients=("alpha",), training="epochs = 1\nbatch_size = 8")
         process = _start(job, tmp_path / "runs")
         process.communicate(timeout=240)
         return process.returncode

@@ -55,7 +55,7 @@ def _refused(
 
 def _policy_job(tmp_path: Path, policy: bytes) -> Path:
     (tmp_path / "policy.toml").write_bytes(policy)
-    return write_tiny_job(tmp_path, training=TRAINING, sections='[policy]\nfile = "policy.toml"\n')
+    return write_tiny_job(tmp_path, clients=("alpha",), training=TRAINING, sections='[policy]\nfile = "policy.toml"\n')
 
 
 def test_policy_of_another_measurement(tmp_path: Path):
@@ -87,7 +87,7 @@ def test_an_enclave_of_other_code(tmp_path: Path):
         file.write("\n# one more line: perhaps one that keeps a copy\n")
     server = (sys.executable, "-c", f"import sys; sys.path.insert(0, {str(other)!r}); "
               "import runpy; runpy.run_module('cloister.api._server_main', run_name='__main__')")  # fmt: skip
-    job = write_tiny_job(tmp_path, training=TRAINING)
+    job = write_tiny_job(tmp_path, clients=("alpha",), training=TRAINING)
     error = _refused(job, tmp_path / "runs", MeasurementMismatchError, programs=Programs(server=server))
     assert "rtmr3" in error.cause
 
@@ -105,7 +105,7 @@ def test_a_client_refuses_a_job_that_it_has_not_approved(tmp_path: Path):
     """The server side works by a job with one more epoch than the one in the client's hands."""
     from cloister.errors import CloisterError
 
-    job = write_tiny_job(tmp_path, training=TRAINING)
+    job = write_tiny_job(tmp_path, clients=("alpha",), training=TRAINING)
 
     client = (sys.executable, "-c", "import runpy, cloister.api._folder as f; "
               "read = f.RunFolder.read_job; "
