@@ -19,7 +19,12 @@ LONG = "epochs = 400\nbatch_size = 4\ncheckpoint_every_steps = 10"
 
 
 def _start(job: Path, runs: Path) -> subprocess.Popen[str]:
-    argv = [sys.executable, "-m", "cloister.cli", "run", str(job), "--runs-dir", str(runs), "--json"]
+    # As from a terminal: whoever runs the tests in the background has them ignore Ctrl-C, and children inherit that.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from cloister.cli import main; sys.exit(main())"
+    )
+    argv = [sys.executable, "-c", code, "run", str(job), "--runs-dir", str(runs), "--json"]
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt as stop:
         _talk("error: stopped; everything that was started is down")
+        if runs_dir := getattr(args, "runs_dir", None):
+            _talk(f"hint: cloister run --resume {Path(runs_dir) / 'latest'} goes on from here")
         return EXIT_TERMINATED if isinstance(stop, Terminated) else EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone (`cloister run --json | head`). Python would complain again at exit.
