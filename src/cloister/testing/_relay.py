@@ -54,7 +54,7 @@ class FakeRelay:
     def stop(self) -> None:
         self._stop.set()
         for thread in self._threads:
-            thread.join()
+            thread.join(timeout=0.5)  # one that waits for an answer ends with the process that it waits for
 
     def processes(self) -> dict[str, list[int]]:
         return {}
