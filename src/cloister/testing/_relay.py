@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cloister.enclave import host_call
-from cloister.errors import CloisterError, EnclaveError
+from cloister.errors import CloisterError
 from cloister.train import open_store
 
 CALL_TIMEOUT_S = 60.0
@@ -66,8 +66,8 @@ class FakeRelay:
                 answer = host_call(
                     self._server, "poll", {"courier": courier, "nodes": list(self._clients)}, timeout_s=5.0
                 )
-            except EnclaveError:
-                time.sleep(0.05)
+            except CloisterError:
+                time.sleep(0.05)  # it is not up yet, or died in the middle of its answer
                 continue
             store = open_store(answer["store"], **answer["store_options"])
             for name in answer["fetch"]:
