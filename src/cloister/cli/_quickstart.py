@@ -74,7 +74,7 @@ train = "{name}/train.jsonl"
 test = "{name}/test.jsonl"
 """
 
-# Found by trying on a part held out of the training texts.
+# Found by trying, on a fifth held out of the training texts in the same way; more epochs and a lower cut gain little.
 _TUNED = {"cut_layer": 3, "r": 8, "alpha": 16, "epochs": 4, "batch_size": 32, "lr": 2e-3}
 
 

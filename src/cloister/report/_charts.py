@@ -166,7 +166,7 @@ def _running_mean(curve: Sequence[Point]) -> list[Point]:
 def _ticks(low: float, high: float, n: int) -> list[float]:
     """About `n` round numbers from `low` to the first one that reaches `high`."""
     span = high - low
-    if not math.isfinite(span) or span <= 0:
+    if not math.isfinite(span) or span < 1e-12:  # Nothing to scale, and no power of ten below it is sure to exist.
         return [low, low + 1]
     raw = span / n
     unit = 10 ** math.floor(math.log10(raw))

@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,14 @@ def _context(result: dict[str, Any], events: list[Event]) -> dict[str, Any]:
         "left_out": result.get("left_out") or [],
         "visibility": result.get("visibility") or [],
         "warnings": [str(e["cause"]) for e in events if e.get("event") == "warning" and e.get("cause")],
-        "restarts": [str(e["process"]) for e in events if e.get("event") == "restart" and e.get("process")],
+        "restarts": _restarts(events),
         "color": _charts.part_color,
     }
+
+
+def _restarts(events: list[Event]) -> list[str]:
+    counts = Counter(str(e["process"]) for e in events if e.get("event") == "restart" and e.get("process"))
+    return [process if n == 1 else f"{process} ({n} times)" for process, n in counts.items()]
 
 
 def _started(events: list[Event]) -> str:

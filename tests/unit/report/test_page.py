@@ -138,9 +138,29 @@ def test_a_step_that_a_resumed_run_repeats_is_drawn_once(result, events):
 
 def test_warnings_restarts_and_absent_clients_are_said(result, events):
     result["left_out"] = ["hospital-lake"]
-    events.append({"t": 2.0, "source": "run", "event": "restart", "process": "superlink", "attempt": 1})
+    for process in ("superlink", "server", "server"):
+        events.append({"t": 2.0, "source": "run", "event": "restart", "process": process, "attempt": 1})
     text = Page(render_report(result, events)).text
-    assert "Left out" in text and "superlink" in text
+    assert "Left out" in text and "superlink, server (2 times)" in text
+
+
+def test_decisions_that_differ_in_their_time_only_are_said_once(result, events):
+    for i, decision in enumerate(result["evidence"]):
+        decision["reasons"] = [*decision["reasons"], f"verified at 2026-11-22 23:08:0{i}Z"]
+    assert render_report(result, events).count('class="checks"') == 1
+    result["evidence"][1]["reasons"][0] = "something else"
+    assert render_report(result, events).count('class="checks"') == 2
+
+
+def test_phases_are_in_the_order_of_the_run(result, events):
+    result["phases_s"] = dict(sorted(result["phases_s"].items()))
+    text = Page(render_report(result, events)).text
+    assert (
+        text.index("start 9.4 s")
+        < text.index("prepare 10.9 s")
+        < text.index("train 36.1 s")
+        < text.index("finish 1.2 s")
+    )
 
 
 def test_the_file_is_private_to_its_user(tmp_path, result, events):
