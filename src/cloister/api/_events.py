@@ -34,9 +34,8 @@ class EventFile:
 class EventTail:
     """Reads what other processes append to their event files, in whole lines."""
 
-    def __init__(self, *, from_start: bool = True) -> None:
+    def __init__(self) -> None:
         self._offsets: dict[Path, int] = {}
-        self._from_start = from_start
 
     def skip(self, path: Path) -> None:
         """Starts at the file's present end: what it holds is of an earlier start of the run."""

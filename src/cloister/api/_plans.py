@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from ._folder import RunFolder
 
-LOCAL_STORE = "inbox"
-
 
 def store_url(job: Job, folder: RunFolder) -> str:
     """Where sealed shards lie: the job's store, or the run's own inbox folder."""

@@ -58,7 +58,6 @@ class ServerPlan:
     memory_budget_bytes: int
     release: str = "none"
     live_metrics: bool = True
-    max_restarts: int = 3
     store_options: dict[str, object] = field(default_factory=dict)
 
 
