@@ -4,14 +4,15 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: quickstart test check format bench bench-report clean
+.PHONY: quickstart test check format bench bench-report lock clean
 .DEFAULT_GOAL := quickstart
 
-$(STAMP): pyproject.toml constraints.txt
+PIN    := --constraint constraints.txt --constraint constraints-dev.txt
+
+$(STAMP): pyproject.toml constraints.txt constraints-dev.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,quickstart]"
+	$(BIN)/python -m pip install --quiet $(PIN) torch
+	$(BIN)/python -m pip install --quiet $(PIN) --editable ".[dev,quickstart]"
 	touch $@
 
 quickstart: $(STAMP)  ## three hospitals tune one medical coder together; about two minutes
@@ -35,6 +36,17 @@ bench: $(STAMP)  ## every figure in README and docs; writes bench/results/*.csv
 
 bench-report: $(STAMP)
 	@$(BIN)/python -m bench.report
+
+lock:  ## resolve every dependency anew; then read the difference and run the tests
+	$(PYTHON) -m venv .lock
+	.lock/bin/python -m pip install --quiet torch==2.13.0
+	.lock/bin/python -m pip install --quiet ".[quickstart,s3]"
+	sed -i '/^torch==/q' src/cloister/constraints.txt
+	.lock/bin/python -m pip freeze --exclude torch --exclude cloister >> src/cloister/constraints.txt
+	.lock/bin/python -m pip install --quiet --constraint constraints.txt ".[dev]"
+	sed -i 1q constraints-dev.txt
+	.lock/bin/python -m pip freeze --exclude torch --exclude cloister | grep -vxFf constraints.txt >> constraints-dev.txt
+	rm -rf .lock
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis
