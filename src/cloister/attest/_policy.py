@@ -11,59 +11,35 @@ from pathlib import Path
 from typing import Any, cast
 
 from cloister.attest._policy_reader import TableReader
+from cloister.attest._policy_rules import (
+    SNP_PRODUCTS,
+    TEES,
+    GpuRules,
+    Registers,
+    SgxRules,
+    SnpRules,
+    TdxRules,
+    VtpmRules,
+    read_gpu,
+    read_registers,
+    read_sgx,
+    read_snp,
+    read_tdx,
+    read_vtpm,
+)
 from cloister.errors import ConfigError, Problem
 from cloister.wire import enc
 
 POLICY_VERSION = 1
 # What this release can verify; a policy that names another type is a mistake to be told of, not to be skipped.
-EVIDENCE_TYPES = ("simulated", "tdx")
+EVIDENCE_TYPES = ("azure", "sgx", "simulated", "simulated-snp", "snp", "tdx", "vtpm")
+SIMULATED_TYPES = ("simulated", "simulated-snp")
 ROLES = ("client", "server")
-TDX_REGISTERS = ("mr_seam", "mr_td", "rtmr0", "rtmr1", "rtmr2", "rtmr3")
-# Without these four a policy would accept other firmware, another kernel, another image or other code. The rest depend
-# on the size of the machine (rtmr0) or follow from the vendor's own signature (mr_seam).
-TDX_REQUIRED_REGISTERS = ("mr_td", "rtmr1", "rtmr2", "rtmr3")
-TCB_STATUSES = (
-    "UpToDate",
-    "SWHardeningNeeded",
-    "ConfigurationNeeded",
-    "ConfigurationAndSWHardeningNeeded",
-    "TDRelaunchAdvised",
-    "TDRelaunchAdvisedConfigurationNeeded",
-    "OutOfDate",
-    "OutOfDateConfigurationNeeded",
-)
 _TEMPLATE_LABEL = b"cloister-policy-template/v1"
 _MAX_AGE_S = 366 * 86400
 _MAX_SKEW_S = 3600
-
-
-@dataclass(frozen=True)
-class TdxRules:
-    """The section [tdx]: what holds for a TDX platform of either role.
-
-    Attributes:
-        registers: register name -> allowed values (48 bytes hex). A name that is missing is not checked, unless it is
-            one of `TDX_REQUIRED_REGISTERS`; a name with no values allows nothing.
-        xfam: allowed values (8 bytes hex); empty means any.
-        td_attributes_mask, td_attributes_value: 8 bytes; the masked bits must equal the value.
-        tcb_status: accepted words of the vendor on the patch level.
-        reject_advisories: advisories that refuse.
-        min_tcb_evaluation: least generation of the vendor's TCB data.
-        allow_dynamic, allow_cached_keys, allow_smt: platform properties that multi-socket servers have.
-        collateral_max_age_d: greatest age of the collateral in days.
-    """
-
-    registers: Mapping[str, tuple[str, ...]]
-    xfam: tuple[str, ...]
-    td_attributes_mask: bytes
-    td_attributes_value: bytes
-    tcb_status: tuple[str, ...]
-    reject_advisories: tuple[str, ...]
-    min_tcb_evaluation: int
-    allow_dynamic: bool
-    allow_cached_keys: bool
-    allow_smt: bool
-    collateral_max_age_d: int
+# What `rtmr3` and its kin measure is the policy without the values that measure it (spec/attestation.md section 3).
+_RUNTIME_KEYS = ("host_data", "mr_enclave", "pcr15", "rtmr3")
 
 
 @dataclass(frozen=True)
@@ -76,12 +52,14 @@ class Policy:
         max_session_age_s: after which a session must attest again.
         clock_skew_s: how far the issuer's clock may be ahead.
         intel_sha256: pinned roots, hex SHA-256 of the DER certificate.
-        tdx: rules of the section [tdx].
+        amd_ark_sha256: product -> pinned AMD root keys (ARK), hex SHA-256 of the DER certificate.
+        nvidia_sha256: pinned NVIDIA device roots, the same.
+        tdx, sgx, snp, vtpm, gpu: rules of the sections of these names.
         require_layers: hardening layers that simulated evidence must report.
-        platform_ids: allowed platform instance ids in hex; empty means any.
-        roles: role -> register name -> allowed values, over those of `tdx.registers`.
+        platform_ids: allowed platform instance and chip ids in hex; empty means any.
+        roles: role -> TEE -> reference values, over those of the TEE's own section.
         sha384: SHA-384 of the file's bytes.
-        template_sha384: SHA-384 of the policy without `rtmr3` in its roles, which is what `rtmr3` itself measures.
+        template_sha384: SHA-384 of the policy without what measures it, which is what the run-time register measures.
         source: where it was read from, for messages.
     """
 
@@ -90,10 +68,16 @@ class Policy:
     max_session_age_s: int
     clock_skew_s: int
     intel_sha256: frozenset[str]
+    amd_ark_sha256: Mapping[str, frozenset[str]]
+    nvidia_sha256: frozenset[str]
     tdx: TdxRules
+    sgx: SgxRules
+    snp: SnpRules
+    vtpm: VtpmRules
+    gpu: GpuRules
     require_layers: tuple[str, ...]
     platform_ids: frozenset[str]
-    roles: Mapping[str, Mapping[str, tuple[str, ...]]]
+    roles: Mapping[str, Mapping[str, Registers]]
     sha384: bytes
     template_sha384: bytes
     source: str = ""
@@ -132,11 +116,12 @@ class Policy:
         fields["template_sha384"] = _template_sha384(document)
         return cls(**fields, source=source)
 
-    def registers_for(self, role: str) -> dict[str, tuple[str, ...]] | None:
-        """The reference values of `role`, or None where the policy has no set for it."""
-        if role not in self.roles:
+    def registers_for(self, role: str, tee: str) -> Registers | None:
+        """The reference values of `role` on `tee` ("tdx", "sgx", "snp", "vtpm"), or None where it has no set."""
+        if tee not in self.roles.get(role, {}):
             return None
-        return {**self.tdx.registers, **self.roles[role]}
+        shared: Registers = getattr(self, tee).registers
+        return {**shared, **self.roles[role][tee]}
 
 
 def _read_fields(top: TableReader) -> dict[str, Any]:
@@ -145,15 +130,21 @@ def _read_fields(top: TableReader) -> dict[str, Any]:
         top.problem("version", "missing", hint=f"version = {POLICY_VERSION}")
     accept = frozenset(top.choices("accept", EVIDENCE_TYPES))
     allow_simulated = top.boolean("allow_simulated", default=False)
-    if "simulated" in accept and not allow_simulated:
-        top.problem("accept", '"simulated" needs allow_simulated = true', hint="simulated evidence protects nobody")
+    for name in sorted(accept.intersection(SIMULATED_TYPES)):
+        if not allow_simulated:
+            hint = "simulated evidence protects nobody"
+            top.problem("accept", f'"{name}" needs allow_simulated = true', hint=hint)
     fields: dict[str, Any] = {
         "accept": accept,
         "allow_simulated": allow_simulated,
         "max_session_age_s": top.integer("max_session_age_s", minimum=1, maximum=_MAX_AGE_S) or 86400,
         "clock_skew_s": top.integer("clock_skew_s", minimum=0, maximum=_MAX_SKEW_S) or 0,
-        "intel_sha256": _read_roots(top.table("roots")),
-        "tdx": _read_tdx(top.table("tdx")),
+        **_read_roots(top.table("roots")),
+        "tdx": read_tdx(top.table("tdx")),
+        "sgx": read_sgx(top.table("sgx")),
+        "snp": read_snp(top.table("snp")),
+        "vtpm": read_vtpm(top.table("vtpm"), allow_simulated=allow_simulated),
+        "gpu": read_gpu(top.table("gpu")),
         "require_layers": _read_simulated(top.table("simulated")),
         "platform_ids": _read_platforms(top.table("platforms")),
         "roles": _read_roles(top.table("roles")),
@@ -162,8 +153,14 @@ def _read_fields(top: TableReader) -> dict[str, Any]:
     return fields
 
 
-def _read_roots(table: TableReader) -> frozenset[str]:
-    pinned = frozenset(table.hex_list("intel_sha256", n_bytes=32) or ())
+def _read_roots(table: TableReader) -> dict[str, Any]:
+    amd = table.table("amd_ark_sha256")
+    pinned = {
+        "intel_sha256": frozenset(table.hex_list("intel_sha256", n_bytes=32) or ()),
+        "amd_ark_sha256": {name: frozenset(amd.hex_list(name, n_bytes=32) or ()) for name in SNP_PRODUCTS},
+        "nvidia_sha256": frozenset(table.hex_list("nvidia_sha256", n_bytes=32) or ()),
+    }
+    amd.finish()
     table.finish()
     return pinned
 
@@ -175,68 +172,42 @@ def _read_simulated(table: TableReader) -> tuple[str, ...]:
 
 
 def _read_platforms(table: TableReader) -> frozenset[str]:
-    allowed = frozenset(table.hex_list("allow_piid", n_bytes=16) or ())
+    piid = table.hex_list("allow_piid", n_bytes=16) or ()
+    chip = table.hex_list("allow_chip_id", n_bytes=64) or ()
     table.finish()
-    return allowed
+    return frozenset((*piid, *chip))
 
 
-def _read_registers(table: TableReader, names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    read = {name: table.hex_list(name, n_bytes=48) for name in names}
-    return {name: values for name, values in read.items() if values is not None}
-
-
-def _read_tdx(table: TableReader) -> TdxRules:
-    allow = table.table("allow")
-    # rtmr3 measures code and job, which differ between roles: it has no place in what both share.
-    registers = _read_registers(table, tuple(name for name in TDX_REGISTERS if name != "rtmr3"))
-    mask, value = table.hex_bytes("td_attributes_mask", 8), table.hex_bytes("td_attributes_value", 8)
-    if any(bit & ~covered for bit, covered in zip(value, mask, strict=True)):
-        table.problem("td_attributes_value", "has bits that td_attributes_mask does not cover")
-    rules = TdxRules(
-        registers=registers,
-        xfam=table.hex_list("xfam", n_bytes=8) or (),
-        td_attributes_mask=mask,
-        td_attributes_value=value,
-        tcb_status=table.choices("tcb_status", TCB_STATUSES, default=("UpToDate",)),
-        reject_advisories=table.texts("reject_advisories"),
-        min_tcb_evaluation=table.integer("min_tcb_eval", minimum=0, maximum=1 << 31) or 0,
-        allow_dynamic=allow.boolean("dynamic", default=False),
-        allow_cached_keys=allow.boolean("cached_keys", default=False),
-        allow_smt=allow.boolean("smt", default=False),
-        collateral_max_age_d=table.integer("collateral_max_age_d", minimum=1, maximum=366) or 30,
-    )
-    allow.finish()
-    table.finish()
-    return rules
-
-
-def _read_roles(table: TableReader) -> dict[str, dict[str, tuple[str, ...]]]:
-    roles: dict[str, dict[str, tuple[str, ...]]] = {}
+def _read_roles(table: TableReader) -> dict[str, dict[str, Registers]]:
+    roles: dict[str, dict[str, Registers]] = {}
     for role in ROLES:
         if not table.has(role):
             continue
         role_table = table.table(role)
-        tdx = role_table.table("tdx")
-        roles[role] = _read_registers(tdx, TDX_REGISTERS)
-        tdx.finish()
+        roles[role] = {}
+        for tee in TEES:
+            if role_table.has(tee):
+                registers = role_table.table(tee)
+                roles[role][tee] = read_registers(registers, tee, role=True)
+                registers.finish()
         role_table.finish()
     table.finish()
     return roles
 
 
 def _template_sha384(document: dict[str, Any]) -> bytes:
-    """Hash of everything that can be known before rtmr3 is: the parsed document, less `rtmr3`, less empty tables."""
-    stripped = _without_rtmr3(document)
+    """Hash of what is known before the run-time register: the document, less what holds it, less empty tables."""
+    stripped = _without_runtime(document)
     canonical = json.dumps(stripped, sort_keys=True, separators=(",", ":"))
     return hashlib.sha384(enc(_TEMPLATE_LABEL, canonical.encode())).digest()
 
 
-def _without_rtmr3(table: dict[str, Any]) -> dict[str, Any]:
+def _without_runtime(table: dict[str, Any]) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, dict):
-            if inner := _without_rtmr3(cast("dict[str, Any]", value)):
+            if inner := _without_runtime(cast("dict[str, Any]", value)):
                 kept[key] = inner
-        elif key != "rtmr3":
+        elif key not in _RUNTIME_KEYS:
             kept[key] = value
     return kept

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cloister.attest._policy import POLICY_VERSION
-from cloister.attest._simulated import SIMULATED_REGISTERS, TD_ATTRIBUTES, XFAM
+from cloister.attest._simulated.attester import SIMULATED_REGISTERS, TD_ATTRIBUTES, XFAM
 from cloister.errors import ConfigError
 
 _TEMPLATE = """\

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 from cloister.wire import Evidence
 
 # SHA-256 of the DER of Intel's SGX and TDX root CA (CN=Intel SGX Root CA, valid until 2049).
 INTEL_ROOT_SHA256 = "44a0196b2b99f889b8e149e95b807a350e7424964399e885a7cbb8ccfab674d3"
+
+REPORT_DATA_BYTES = 64
 
 # The hardening layers that simulated evidence reports, in the order of their bits (spec/attestation.md section 6).
 HARDENING_LAYERS = (
@@ -32,6 +35,11 @@ class Attester(Protocol):
         """The evidence type, which selects the verifier."""
         ...
 
+    @property
+    def binding(self) -> str:
+        """Where in the evidence the 64 bytes of `report_data` land, for reports: "TDREPORT.REPORTDATA", say."""
+        ...
+
     def evidence(self, report_data: bytes) -> Evidence:
         """Fresh evidence that carries `report_data` (64 bytes, public)."""
         ...
@@ -50,51 +58,49 @@ class Claims:
     """What evidence proved, in one form for every TEE. Public.
 
     Attributes:
-        tee: "tdx".
-        evidence_type: as declared by the peer, "tdx" or "simulated".
-        simulated: True unless the chain of trust ends at the hardware vendor's root. Computed, never declared.
-        root_sha256: hex SHA-256 of the root certificate that the verification used.
-        mr_td, mr_seam, rtmr0, rtmr1, rtmr2, rtmr3: registers, lower-case hex of 48 bytes each.
-        td_attributes, xfam: lower-case hex of 8 bytes each.
+        tee: "tdx", "sgx", "snp", "vtpm" or "gpu": whose format was verified.
+        evidence_type: as declared by the peer.
+        simulated: True unless the chain of trust ends at a hardware vendor's root. Computed, never declared.
+        root_sha256: hex SHA-256 of the root (certificate, or pinned key) that the verification used.
+        measurements: register -> lower-case hex; the names are those of the policy's section for this TEE.
+        details: what else was proven, by the vendor's field names; text for a person and for the policy's other rules.
         debug: a debugger of the host could read the enclave.
-        report_data: the 64 bytes that the attester signed.
-        tcb_status: the vendor's word on the platform's patch level, e.g. "UpToDate".
+        report_data: the 64 bytes that the attester signed, at the place that the type binds them.
+        tcb_status: the vendor's word on the platform's patch level, "" where the vendor gives none.
         advisories: the vendor's security advisories that apply.
-        tcb_evaluation_number: generation of the vendor's TCB data.
-        platform_id: hex platform instance id, empty where the platform has none.
-        collateral_issued, collateral_expires: Unix seconds; the older and the earlier of the collateral's parts.
+        platform_id: hex id of the chip or platform instance, empty where there is none.
+        collateral_issued, collateral_expires: Unix seconds; the older and the earlier of what the proof rests on.
         layers: hardening layers of a simulated enclave; empty for a real one.
+        parts: claims of the evidence that this evidence rests on or carries along (the CPU below a vTPM, a GPU beside).
     """
 
     tee: str
     evidence_type: str
     simulated: bool
     root_sha256: str
-    mr_td: str
-    mr_seam: str
-    rtmr0: str
-    rtmr1: str
-    rtmr2: str
-    rtmr3: str
-    td_attributes: str
-    xfam: str
+    measurements: Mapping[str, str]
     debug: bool
     report_data: bytes = field(repr=False)
-    tcb_status: str
-    advisories: tuple[str, ...]
-    tcb_evaluation_number: int
-    platform_id: str
-    collateral_issued: int
-    collateral_expires: int
+    tcb_status: str = ""
+    advisories: tuple[str, ...] = ()
+    platform_id: str = ""
+    collateral_issued: int = 0
+    collateral_expires: int = 0
     layers: tuple[str, ...] = ()
+    details: Mapping[str, str] = field(default_factory=dict[str, str])
+    parts: tuple[Claims, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types only, for events, reports and result.json."""
-        values = asdict(self)
-        values["report_data"] = self.report_data.hex()
-        values["advisories"] = list(self.advisories)
-        values["layers"] = list(self.layers)
-        return values
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return values | {
+            "report_data": self.report_data.hex(),
+            "measurements": dict(self.measurements),
+            "details": dict(self.details),
+            "advisories": list(self.advisories),
+            "layers": list(self.layers),
+            "parts": [part.to_dict() for part in self.parts],
+        }
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,7 @@ class Decision:
     Attributes:
         claims: what was proven.
         reasons: one line for each check that passed, for a person to read.
+        limits: one line for each thing that this kind of evidence cannot prove.
         policy_sha384: SHA-384 of the policy file that decided, 48 bytes.
         role: whose measurement set was used.
         accepted: always True.
@@ -111,6 +118,7 @@ class Decision:
 
     claims: Claims
     reasons: tuple[str, ...]
+    limits: tuple[str, ...]
     policy_sha384: bytes
     role: str
     accepted: bool = True
@@ -121,6 +129,7 @@ class Decision:
             "accepted": self.accepted,
             "role": self.role,
             "reasons": list(self.reasons),
+            "limits": list(self.limits),
             "policy_sha384": self.policy_sha384.hex(),
             "claims": self.claims.to_dict(),
         }

@@ -4,16 +4,63 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from cloister.attest._finding import Finding, Proven
-from cloister.attest._policy import TDX_REQUIRED_REGISTERS, Policy
-from cloister.attest._tdx import verify_tdx
+from cloister.attest._finding import Finding, Findings, Proven
+from cloister.attest._policy import Policy
 from cloister.attest._types import Claims, Decision
+from cloister.attest._verifiers.tdx import verify_tdx
 from cloister.errors import MeasurementMismatchError, PolicyRejectedError
 from cloister.wire import Evidence
 
-# One entry per TEE type; "simulated" is the same hardware format under another root.
-_VERIFIERS: dict[str, Callable[..., Proven]] = {"simulated": verify_tdx, "tdx": verify_tdx}
+Verifier = Callable[..., Proven]
+
+# One entry per evidence type; "simulated" is the same hardware format under another root.
+VERIFIERS: dict[str, Verifier] = {"simulated": verify_tdx, "tdx": verify_tdx}
+
+
+@dataclass(frozen=True)
+class Appraisal:
+    """What genuine evidence proved and how a policy judges it, before it is tied to a session. Not a decision.
+
+    Attributes:
+        claims: what was proven.
+        passed: one line for each check that passed.
+        refused: what did not; empty means that the policy would accept the evidence, given the right report data.
+        limits: what evidence of this type cannot prove.
+    """
+
+    claims: Claims
+    passed: tuple[str, ...]
+    refused: tuple[Finding, ...]
+    limits: tuple[str, ...]
+
+
+def appraise_evidence(evidence: Evidence, policy: Policy, *, role: str, now: int) -> Appraisal:
+    """Prove what `evidence` states and judge it, without asking whom it was made for.
+
+    For a person who looks at a file. A protocol MUST use `verify_evidence`: evidence that is not bound to a session may
+    be anybody's, of any time.
+
+    Raises:
+        MalformedEvidenceError, EvidenceSignatureError, StaleEvidenceError, PolicyRejectedError: the evidence is not
+            genuine, or of a type or under a root that the policy does not name.
+    """
+    verifier = VERIFIERS.get(evidence.type)
+    if verifier is None:
+        known = ", ".join(sorted(VERIFIERS))
+        raise PolicyRejectedError(
+            f'evidence type "{evidence.type}" is unknown', hint=f"this release can verify: {known}"
+        )
+    if evidence.type not in policy.accept:
+        accepted = ", ".join(sorted(policy.accept)) or "nothing"
+        raise PolicyRejectedError(f'evidence type "{evidence.type}" is not accepted; the policy accepts {accepted}')
+    proven = verifier(evidence, policy, role=role, now=now)
+    found = Findings([f'evidence type "{evidence.type}" is accepted', *proven.findings.passed])
+    found.refused += proven.findings.refused
+    for claims in (proven.claims, *proven.claims.parts):
+        _check_common(claims, policy, found)
+    return Appraisal(proven.claims, tuple(found.passed), tuple(found.refused), proven.limits)
 
 
 def verify_evidence(evidence: Evidence, policy: Policy, *, role: str, report_data: bytes, now: int) -> Decision:
@@ -35,89 +82,34 @@ def verify_evidence(evidence: Evidence, policy: Policy, *, role: str, report_dat
         MalformedEvidenceError, EvidenceSignatureError, StaleEvidenceError, MeasurementMismatchError,
         PolicyRejectedError: the class of the first reason; `reasons` has all that were found.
     """
-    verifier = _VERIFIERS.get(evidence.type)
-    if verifier is None:
-        known = ", ".join(sorted(_VERIFIERS))
-        raise PolicyRejectedError(
-            f'evidence type "{evidence.type}" is unknown', hint=f"this release can verify: {known}"
-        )
-    if evidence.type not in policy.accept:
-        accepted = ", ".join(sorted(policy.accept)) or "nothing"
-        raise PolicyRejectedError(f'evidence type "{evidence.type}" is not accepted; the policy accepts {accepted}')
-    proven = verifier(evidence, policy, now=now)
-    findings = list(proven.findings)
-    passed = [f'evidence type "{evidence.type}" is accepted', *proven.passed]
-    for check in (_check_platform, _check_layers):
-        check(proven.claims, policy, findings, passed)
-    _check_registers(proven.claims, policy, role, findings, passed)
-    if hmac.compare_digest(proven.claims.report_data, report_data):
+    found = appraise_evidence(evidence, policy, role=role, now=now)
+    refused, passed = list(found.refused), list(found.passed)
+    if hmac.compare_digest(found.claims.report_data, report_data):
         passed.append("report_data binds the evidence to this session")
     else:
-        findings.append(Finding(MeasurementMismatchError, "report_data is not of this session: relayed or replayed"))
-    if findings:
-        reasons = [finding.text for finding in findings]
-        raise findings[0].error(reasons[0], reasons=reasons, hint=_hint(policy))
-    return Decision(proven.claims, tuple(passed), policy.sha384, role)
+        refused.append(Finding(MeasurementMismatchError, "report_data is not of this session: relayed or replayed"))
+    if refused:
+        reasons = [finding.text for finding in refused]
+        raise refused[0].error(reasons[0], reasons=reasons, hint=_hint(policy))
+    return Decision(found.claims, tuple(passed), found.limits, policy.sha384, role)
 
 
-def _check_platform(claims: Claims, policy: Policy, findings: list[Finding], passed: list[str]) -> None:
-    """Debug, attributes, extended features and platform identity."""
-    before = len(findings)
-    rules = policy.tdx
-    attributes = bytes.fromhex(claims.td_attributes)
-    masked = bytes(a & m for a, m in zip(attributes, rules.td_attributes_mask, strict=True))
-    if claims.debug:
-        findings.append(Finding(PolicyRejectedError, "a debug enclave: its host can read its memory"))
-    if claims.tcb_status not in rules.tcb_status:
-        allowed = ", ".join(rules.tcb_status) or "nothing"
-        text = f"platform TCB status is {claims.tcb_status}, the policy accepts {allowed}"
-        findings.append(Finding(PolicyRejectedError, text))
-    if masked != rules.td_attributes_value:
-        text = (
-            f"td_attributes are {claims.td_attributes}, and the masked bits must be {rules.td_attributes_value.hex()}"
-        )
-        findings.append(Finding(PolicyRejectedError, text))
-    if rules.xfam and claims.xfam not in rules.xfam:
-        findings.append(Finding(PolicyRejectedError, f"xfam {claims.xfam} is not allowed"))
-    if policy.platform_ids and claims.platform_id not in policy.platform_ids:
+def _check_common(claims: Claims, policy: Policy, found: Findings) -> None:
+    """What holds for every TEE: no debugger, an allowed platform, and the hardening of a simulated process."""
+    where = f"{claims.tee}: " if claims.parts else ""
+    found.check(not claims.debug, f"{where}not a debug enclave", "a debug enclave: its host can read its memory")
+    if policy.platform_ids and claims.tee != "gpu":
         name = claims.platform_id or "without an id"
-        findings.append(Finding(PolicyRejectedError, f"platform {name} is not in [platforms].allow_piid"))
-    if len(findings) == before:
-        passed.append("not a debug enclave; attributes and platform are allowed")
-
-
-def _check_layers(claims: Claims, policy: Policy, findings: list[Finding], passed: list[str]) -> None:
-    """The hardening of a simulated enclave. Real ones report none, and need none from their host."""
-    if not claims.simulated:
-        return
-    missing = [layer for layer in policy.require_layers if layer not in claims.layers]
-    if missing:
-        text = f"hardening layers are missing: {', '.join(missing)}"
-        findings.append(Finding(PolicyRejectedError, text))
-    else:
-        passed.append(f"hardening layers: {', '.join(claims.layers) or 'none reported'}")
-
-
-def _check_registers(claims: Claims, policy: Policy, role: str, findings: list[Finding], passed: list[str]) -> None:
-    """Every register that the policy names, and the four that it must name."""
-    registers = policy.registers_for(role)
-    if registers is None:
-        text = f'the policy has no measurement set for the role "{role}" ([roles.{role}.tdx])'
-        findings.append(Finding(PolicyRejectedError, text))
-        return
-    before = len(findings)
-    for name in sorted(set(registers) | set(TDX_REQUIRED_REGISTERS)):
-        allowed = registers.get(name, ())
-        value: str = getattr(claims, name)
-        if not allowed:
-            text = f'the policy allows no value of {name} for the role "{role}", so it allows nothing'
-            findings.append(Finding(PolicyRejectedError, text))
-        elif value not in allowed:
-            text = f"{name} is {value}, which is not a reference value of the role {role}"
-            findings.append(Finding(MeasurementMismatchError, text))
-    if len(findings) == before:
-        names = ", ".join(sorted(registers))
-        passed.append(f"{names} are reference values of the role {role}; rtmr3 is {claims.rtmr3[:16]}…")
+        text = f"platform {name} is not in [platforms].allow_piid or allow_chip_id"
+        # A vTPM has no id of its own: the CPU below it has.
+        found.check(claims.platform_id in policy.platform_ids or bool(claims.parts), "platform is allowed", text)
+    if claims.simulated and claims.tee == "tdx":
+        missing = [layer for layer in policy.require_layers if layer not in claims.layers]
+        found.check(
+            not missing,
+            f"hardening layers: {', '.join(claims.layers) or 'none reported'}",
+            f"hardening layers are missing: {', '.join(missing)}",
+        )
 
 
 def _hint(policy: Policy) -> str:

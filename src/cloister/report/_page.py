@@ -25,15 +25,14 @@ _CLAIM_WORDS = {
     "debug": "debug mode",
     "tcb_status": "TCB status",
     "advisories": "advisories",
+    "platform_id": "platform id",
+    "root_sha256": "root of trust (SHA-256)",
+}
+_MEASUREMENT_WORDS = {
     "mr_td": "MRTD (firmware)",
-    "rtmr0": "RTMR0",
-    "rtmr1": "RTMR1",
-    "rtmr2": "RTMR2",
     "rtmr3": "RTMR3 (code, job, policy, weights)",
     "mr_seam": "MRSEAM (TDX module)",
-    "td_attributes": "TD attributes",
-    "xfam": "XFAM",
-    "root_sha256": "root of trust (SHA-256)",
+    "measurement": "launch digest",
 }
 _TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ?")
 # In the order of a run: result.json sorts its keys.
@@ -221,6 +220,8 @@ def _claims(result: dict[str, Any]) -> list[tuple[str, str]]:
         return []
     claims = accepted[-1]["claims"]
     found = [(words, _claim(claims[key])) for key, words in _CLAIM_WORDS.items() if claims.get(key) not in (None, "")]
+    registers = {**(claims.get("measurements") or {}), **(claims.get("details") or {})}
+    found += [(_MEASUREMENT_WORDS.get(name, name), str(value)) for name, value in registers.items()]
     hashes = [(f"{name} (SHA-384)", str(result.get(f"{name}_sha384") or "")) for name in ("job", "policy")]
     return [*found, *(pair for pair in hashes if pair[1])]
 

@@ -17,7 +17,7 @@ from cloister.attest import (
     render_policy,
     verify_evidence,
 )
-from cloister.attest import _simulated_pki as pki
+from cloister.attest._simulated import intel_pki as pki
 from cloister.testing import shared_dir
 from cloister.wire import Evidence
 

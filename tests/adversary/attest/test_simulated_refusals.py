@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from cloister.attest import SimulatedAttester, _simulated_pki, _verify, verify_evidence
+from cloister.attest import SimulatedAttester, _verify, verify_evidence
+from cloister.attest._simulated import intel_pki as _simulated_pki
 from cloister.errors import (
     AttestationError,
     EvidenceSignatureError,
@@ -24,7 +25,7 @@ def test_honest_evidence_is_accepted_and_stamped(world):
     decision = world.verify()
     assert decision.accepted
     assert decision.claims.simulated
-    assert decision.claims.rtmr3 == world.rtmr3.hex()
+    assert decision.claims.measurements["rtmr3"] == world.rtmr3.hex()
     assert decision.claims.layers == ("no_dump", "seccomp")
     assert decision.policy_sha384 == world.policy().sha384
     assert any("SIMULATED" in reason for reason in decision.reasons)
@@ -92,7 +93,7 @@ def test_simulated_evidence_declared_as_real(world):
 def test_unknown_tee_type(world):
     evidence = world.evidence()
     with pytest.raises(PolicyRejectedError, match="unknown"):
-        world.verify(Evidence("snp", evidence.blob, evidence.aux))
+        world.verify(Evidence("sev", evidence.blob, evidence.aux))
 
 
 def test_empty_accept_list(world):
@@ -127,9 +128,9 @@ def test_attributes_that_the_policy_does_not_allow(world):
 def test_debug_is_refused_even_if_the_quote_library_would_let_it_pass(world, monkeypatch):
     # Defence in depth: the library refuses debug domains itself, so the claim has to be forged to get here.
     evidence, policy = world.evidence(), world.policy()
-    proven = _verify.verify_tdx(evidence, policy, now=world.now)
+    proven = _verify.verify_tdx(evidence, policy, role="server", now=world.now)
     object.__setattr__(proven.claims, "debug", True)
-    monkeypatch.setitem(_verify._VERIFIERS, "simulated", lambda *_, **__: proven)
+    monkeypatch.setitem(_verify.VERIFIERS, "simulated", lambda *_, **__: proven)
     with pytest.raises(PolicyRejectedError, match="debug enclave"):
         world.verify(evidence, policy)
 
@@ -389,7 +390,7 @@ def test_bytes_after_the_quote_change_no_claim(world):
 
 def test_all_reasons_are_told(world):
     policy = world.policy(("require_layers = []", 'require_layers = ["landlock"]'))
-    with pytest.raises(PolicyRejectedError) as caught:
+    with pytest.raises(MeasurementMismatchError) as caught:
         world.verify(world.evidence(rtmr3=b"\x02" * 48, report_data=b"\x03" * 64), policy)
     told = " | ".join(caught.value.reasons)
     assert "landlock" in told
@@ -408,7 +409,7 @@ def test_refusal_names_the_policy_file(world, tmp_path):
 
 def test_nothing_under_an_unpinned_root_is_verified(world, other_root, monkeypatch):
     """Refused before any signature is looked at."""
-    from cloister.attest import _tdx
+    from cloister.attest._verifiers import dcap as _tdx
 
     def never(*_: object) -> None:
         raise AssertionError("the quote verifier was called")

@@ -25,12 +25,14 @@ def test_minimal_policy_denies_everything():
     assert not policy.allow_simulated
     assert policy.intel_sha256 == frozenset()
     assert policy.roles == {}
-    assert policy.registers_for("server") is None
-    assert policy.tdx.tcb_status == ("UpToDate",)
-    assert not (policy.tdx.allow_dynamic or policy.tdx.allow_cached_keys or policy.tdx.allow_smt)
+    assert policy.registers_for("server", "tdx") is None
+    assert policy.tdx.platform.tcb_status == ("UpToDate",)
+    assert not (
+        policy.tdx.platform.allow_dynamic or policy.tdx.platform.allow_cached_keys or policy.tdx.platform.allow_smt
+    )
     assert policy.clock_skew_s == 0
     assert policy.max_session_age_s == 86400
-    assert policy.tdx.collateral_max_age_d == 30
+    assert policy.tdx.platform.collateral_max_age_d == 30
 
 
 def test_full_policy_is_read():
@@ -66,12 +68,12 @@ rtmr3 = []
     assert policy.accept == {"tdx", "simulated"}
     assert policy.intel_sha256 == {ROOT}
     assert policy.tdx.td_attributes_mask[-1] == 0xFF
-    assert policy.tdx.min_tcb_evaluation == 17
-    assert policy.tdx.allow_dynamic
-    assert not policy.tdx.allow_smt
+    assert policy.tdx.platform.min_tcb_evaluation == 17
+    assert policy.tdx.platform.allow_dynamic
+    assert not policy.tdx.platform.allow_smt
     assert policy.require_layers == ("seccomp",)
-    assert policy.registers_for("server") == {"mr_td": ("01" * 48, "02" * 48), "rtmr3": ("01" * 48,)}
-    assert policy.registers_for("client") == {"mr_td": ("01" * 48,), "rtmr3": ()}
+    assert policy.registers_for("server", "tdx") == {"mr_td": ("01" * 48, "02" * 48), "rtmr3": ("01" * 48,)}
+    assert policy.registers_for("client", "tdx") == {"mr_td": ("01" * 48,), "rtmr3": ()}
     assert policy.sha384 == hashlib.sha384(text.encode()).digest()
 
 
@@ -79,7 +81,7 @@ def test_every_problem_is_reported_at_once_with_its_key():
     text = f"""
 version = 2
 acept = ["tdx"]
-accept = ["simulated", "snp"]
+accept = ["simulated", "sev"]
 max_session_age_s = true
 clock_skew_s = -1
 allow_simulated = "yes"
@@ -98,7 +100,7 @@ layers = []
 [platforms]
 allow_piid = ["00"]
 [roles.server]
-sgx = {{}}
+sev = {{}}
 tdx = {{ rtmr3 = ["00"] }}
 [roles.auditor.tdx]
 [unknown]
@@ -121,7 +123,7 @@ tdx = {{ rtmr3 = ["00"] }}
         "tdx.allow",
         "simulated.layers",
         "platforms.allow_piid",
-        "roles.server.sgx",
+        "roles.server.sev",
         "roles.server.tdx.rtmr3",
         "roles.auditor",
         "unknown",
@@ -185,7 +187,7 @@ def test_rendered_policy_has_a_client_set_only_where_asked():
     without = Policy.parse(render_policy(root_sha256=ROOT))
     with_client = Policy.parse(render_policy(root_sha256=ROOT, client_rtmr3=[b"\x02" * 48]))
     assert "client" not in without.roles
-    assert with_client.roles["client"]["rtmr3"] == ("02" * 48,)
+    assert with_client.roles["client"]["tdx"]["rtmr3"] == ("02" * 48,)
 
 
 def test_write_policy(tmp_path):

@@ -10,9 +10,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from cloister.attest import HARDENING_LAYERS, Attester, SimulatedAttester, SimulatedRoot
-from cloister.attest import _simulated as simulated
-from cloister.attest import _simulated_pki as pki
-from cloister.attest._simulated_root import PROVISION_KIND
+from cloister.attest._simulated import attester as simulated
+from cloister.attest._simulated import intel_pki as pki
+from cloister.attest._simulated.intel_root import PROVISION_KIND
 from cloister.errors import AttestationError
 from cloister.wire import pack, unpack
 

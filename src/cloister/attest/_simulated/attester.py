@@ -10,9 +10,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from cloister.attest import _simulated_pki as pki
-from cloister.attest import _tdquote as tdquote
-from cloister.attest._simulated_root import PROVISION_KIND
+from cloister.attest._simulated import intel_pki as pki
+from cloister.attest._simulated import tdquote
+from cloister.attest._simulated.intel_root import PROVISION_KIND
 from cloister.attest._types import HARDENING_LAYERS
 from cloister.errors import AttestationError, MalformedMessageError, WireError
 from cloister.wire import Evidence, enc, unpack
@@ -55,6 +55,7 @@ class SimulatedAttester:
     """
 
     type = "simulated"
+    binding = "TDREPORT.REPORTDATA of a SIMULATED quote"
 
     def __init__(
         self, provision: bytes, *, rtmr3: bytes, layers: Iterable[str] = (), td_attributes: bytes = TD_ATTRIBUTES

@@ -1,9 +1,10 @@
-"""Verifies TDX quotes (types "tdx" and "simulated") with `dcap_qvl`: one code path, several trust roots."""
+"""Intel quotes, what TDX and SGX share: collateral, root, `dcap_qvl` and its refusals. One code path, several roots."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,10 +12,10 @@ import dcap_qvl  # pyright: ignore[reportMissingTypeStubs]  # its stubs are on a
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from cloister.attest._finding import Finding, Proven
+from cloister.attest._finding import Findings
 from cloister.attest._policy import Policy
-from cloister.attest._simulated import layers_from_bytes
-from cloister.attest._types import INTEL_ROOT_SHA256, Claims
+from cloister.attest._policy_rules import DcapRules
+from cloister.attest._types import INTEL_ROOT_SHA256
 from cloister.errors import (
     AttestationError,
     EvidenceSignatureError,
@@ -23,8 +24,6 @@ from cloister.errors import (
     StaleEvidenceError,
 )
 from cloister.wire import Evidence
-
-_DEBUG_BIT = 0x01  # bit 0 of TD attributes, Intel TDX Module Base Architecture, "TUD.DEBUG"
 
 # dcap_qvl 0.7 has one exception type. Its messages only choose the class of our refusal, never whether we refuse.
 _ERROR_CLASSES = (
@@ -42,28 +41,50 @@ _ERROR_CLASSES = (
 )
 
 
-def verify_tdx(evidence: Evidence, policy: Policy, *, now: int) -> Proven:
-    """Prove what a TDX quote states, under a root that the policy pins.
+@dataclass(frozen=True)
+class DcapProof:
+    """A quote that verified under a pinned root.
+
+    Attributes:
+        found: the library's word: `report`, `platform`, `tcb`, expiry dates.
+        root_sha256: hex, of the pinned root.
+        simulated: whether that root is not Intel's.
+        issued: Unix seconds, when the older of TCB info and QE identity was issued.
+        expires: Unix seconds, when the first part of the collateral expires.
+        findings: what the policy says of the platform's state and the collateral's age.
+    """
+
+    found: dict[str, Any]
+    root_sha256: str
+    simulated: bool
+    issued: int
+    expires: int
+    findings: Findings
+
+    @property
+    def platform_id(self) -> str:
+        """Hex platform instance id, empty where the PCK certificate has none."""
+        piid = self.found["platform"]["pck"]["platform_instance_id"]
+        return bytes(piid).hex() if piid else ""
+
+
+def verify_dcap(evidence: Evidence, policy: Policy, rules: DcapRules, *, now: int) -> DcapProof:
+    """Prove an Intel quote under a root that the policy pins, and judge its platform by `rules`.
 
     Success means: the quote was signed by an attestation key that a quoting enclave certified, that enclave's report by
     a PCK key, and that key, the TCB info, the QE identity and the revocation lists by the pinned root, all valid at
-    `now`. The caller must still refuse when the result has findings, and compare registers and report data.
-
-    Args:
-        evidence: the quote, and the collateral in `aux`.
-        policy: pins the root and sets the limits.
-        now: Unix seconds.
+    `now`. The caller must still compare registers, attributes and report data.
 
     Raises:
-        MalformedEvidenceError: quote or collateral do not parse, or the quote is not of TDX 1.0.
+        MalformedEvidenceError: quote or collateral do not parse.
         PolicyRejectedError: the root is not pinned or not allowed, or the platform is in no acceptable state.
-        StaleEvidenceError: the collateral is too old or from the future.
+        StaleEvidenceError: the collateral has expired or is from the future.
         EvidenceSignatureError: a signature or certificate chain does not verify.
     """
     collateral, fields = _parse_collateral(evidence.aux)
     root_der = _root_of(collateral)
     root_sha256 = hashlib.sha256(root_der).hexdigest()
-    passed = _check_root(evidence.type, root_sha256, policy)
+    findings = Findings(_check_root(evidence.type, root_sha256, policy))
     issued = min(fields)
     # An issuer's clock may be ahead of ours by the allowed skew: check at the time of issue then, never later.
     at = min(max(now, *fields), now + policy.clock_skew_s)
@@ -71,24 +92,34 @@ def verify_tdx(evidence: Evidence, policy: Policy, *, now: int) -> Proven:
     try:
         # Signatures, chains, revocation and validity first, so that a refusal by policy is known to be of genuine
         # evidence. No policy object is used twice: dcap_qvl changes the one it is given.
-        found = verifier.verify_with_policy(evidence.blob, collateral, at, dcap_qvl.QuotePolicy.claims_only(at))
+        proven = verifier.verify_with_policy(evidence.blob, collateral, at, dcap_qvl.QuotePolicy.claims_only(at))
     except ValueError as error:
         raise _refusal(str(error), collateral, at) from None
-    claims = _claims(evidence.type, json.loads(found.to_json()), root_sha256, issued)
-    passed.append(f"quote, certificates and revocation lists verify under that root at {_utc(at)}")
-    findings: list[Finding] = []
+    found = json.loads(proven.to_json())
+    expires = min(found["earliest_expiration_date"], found["qe_iden_earliest_expiration_date"])
+    findings.passed.append(f"quote, certificates and revocation lists verify under that root at {utc(at)}")
+    _check_status(found["tcb"]["status"], rules, findings)
     try:
-        verifier.verify_with_policy(evidence.blob, collateral, at, _strict(policy, at))
-        passed.append(f"platform TCB status is {claims.tcb_status}")
+        verifier.verify_with_policy(evidence.blob, collateral, at, _strict(rules, at))
     except ValueError as error:
-        findings.append(Finding(PolicyRejectedError, _plain(str(error))))
-    age_s = now - issued
-    if age_s > policy.tdx.collateral_max_age_d * 86400:
-        limit = f"the policy allows {policy.tdx.collateral_max_age_d}"
-        findings.append(Finding(StaleEvidenceError, f"collateral is {age_s // 86400} days old, {limit}"))
-    else:
-        passed.append(f"collateral was issued {_utc(issued)} and expires {_utc(claims.collateral_expires)}")
-    return Proven(claims, tuple(passed), tuple(findings))
+        findings.refuse(PolicyRejectedError, _plain(str(error)))
+    age_d = (now - issued) / 86400
+    findings.check(
+        age_d <= rules.collateral_max_age_d,
+        f"collateral was issued {utc(issued)} and expires {utc(expires)}",
+        f"collateral is {int(age_d)} days old, the policy allows {rules.collateral_max_age_d}",
+        StaleEvidenceError,
+    )
+    return DcapProof(found, root_sha256, root_sha256 != INTEL_ROOT_SHA256, issued, expires, findings)
+
+
+def _check_status(status: str, rules: DcapRules, findings: Findings) -> None:
+    allowed = ", ".join(rules.tcb_status) or "nothing"
+    findings.check(
+        status in rules.tcb_status,
+        f"platform TCB status is {status}",
+        f"platform TCB status is {status}, the policy accepts {allowed}",
+    )
 
 
 def _parse_collateral(aux: bytes) -> tuple[dcap_qvl.QuoteCollateralV3, tuple[int, int]]:
@@ -133,8 +164,7 @@ def _check_root(declared: str, root_sha256: str, policy: Policy) -> list[str]:
     return [f"root {root_sha256[:16]}… is pinned; it is Intel's"]
 
 
-def _strict(policy: Policy, at: int) -> dcap_qvl.QuotePolicy:
-    rules = policy.tdx
+def _strict(rules: DcapRules, at: int) -> dcap_qvl.QuotePolicy:
     strict = dcap_qvl.QuotePolicy.strict(at)
     for status in rules.tcb_status:
         strict = strict.allow_status(status)
@@ -144,39 +174,6 @@ def _strict(policy: Policy, at: int) -> dcap_qvl.QuotePolicy:
         .allow_dynamic_platform(rules.allow_dynamic)
         .allow_cached_keys(rules.allow_cached_keys)
         .allow_smt(rules.allow_smt)
-    )
-
-
-def _claims(declared: str, found: dict[str, Any], root_sha256: str, issued: int) -> Claims:
-    report = found["report"].get("TD10")
-    if report is None:
-        raise MalformedEvidenceError("the quote is not of a TDX 1.0 trust domain")
-    simulated = root_sha256 != INTEL_ROOT_SHA256
-    piid = found["platform"]["pck"]["platform_instance_id"]
-    # mr_owner_config is the host's to set on real hardware: only the simulated attester reports its layers there.
-    layers = layers_from_bytes(bytes.fromhex(report["mr_owner_config"])) if simulated else ()
-    return Claims(
-        tee="tdx",
-        evidence_type=declared,
-        simulated=simulated,
-        root_sha256=root_sha256,
-        mr_td=report["mr_td"],
-        mr_seam=report["mr_seam"],
-        rtmr0=report["rt_mr0"],
-        rtmr1=report["rt_mr1"],
-        rtmr2=report["rt_mr2"],
-        rtmr3=report["rt_mr3"],
-        td_attributes=report["td_attributes"],
-        xfam=report["xfam"],
-        debug=bool(bytes.fromhex(report["td_attributes"])[0] & _DEBUG_BIT),
-        report_data=bytes.fromhex(report["report_data"]),
-        tcb_status=found["tcb"]["status"],
-        advisories=tuple(found["tcb"]["advisory_ids"]),
-        tcb_evaluation_number=found["tcb"]["eval_data_number"],
-        platform_id=bytes(piid).hex() if piid else "",
-        collateral_issued=issued,
-        collateral_expires=min(found["earliest_expiration_date"], found["qe_iden_earliest_expiration_date"]),
-        layers=layers,
     )
 
 
@@ -203,5 +200,6 @@ def _plain(message: str) -> str:
     return message.removeprefix("Verification failed: ")
 
 
-def _utc(seconds: int) -> str:
+def utc(seconds: int) -> str:
+    """Unix seconds as text, for reasons."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")

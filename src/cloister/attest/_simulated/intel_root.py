@@ -20,8 +20,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from cloister.attest import _simulated_pki as pki
-from cloister.attest import _tdquote as tdquote
+from cloister.attest._simulated import intel_pki as pki
+from cloister.attest._simulated import tdquote
 from cloister.errors import AttestationError
 from cloister.wire import pack
 

@@ -1,0 +1,3 @@
+"""The simulated platforms: software roots that issue byte-true evidence, all of it stamped SIMULATED."""
+
+__all__: list[str] = []
