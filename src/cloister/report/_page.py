@@ -220,7 +220,7 @@ def _claims(result: dict[str, Any]) -> list[tuple[str, str]]:
         return []
     claims = accepted[-1]["claims"]
     found = [(words, _claim(claims[key])) for key, words in _CLAIM_WORDS.items() if claims.get(key) not in (None, "")]
-    registers = {**(claims.get("measurements") or {}), **(claims.get("details") or {})}
+    registers: dict[str, str] = {**(claims.get("measurements") or {}), **(claims.get("details") or {})}
     found += [(_MEASUREMENT_WORDS.get(name, name), str(value)) for name, value in registers.items()]
     hashes = [(f"{name} (SHA-384)", str(result.get(f"{name}_sha384") or "")) for name in ("job", "policy")]
     return [*found, *(pair for pair in hashes if pair[1])]

@@ -1,3 +1,1 @@
 """Attesters, one file per TEE: what an enclave calls to get evidence about itself."""
-
-__all__: list[str] = []

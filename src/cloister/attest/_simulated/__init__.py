@@ -1,3 +1,1 @@
 """The simulated platforms: software roots that issue byte-true evidence, all of it stamped SIMULATED."""
-
-__all__: list[str] = []
