@@ -12,6 +12,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
+def pytest_configure() -> None:
+    """tests/refusals runs the suite on a changed copy of the package: make sure that it is the copy that runs."""
+    import cloister
+
+    expected = os.environ.get("CLOISTER_EXPECT_PACKAGE")
+    if expected and os.path.dirname(cloister.__file__ or "") != expected:  # noqa: PTH120
+        raise pytest.UsageError(f"the tests would run {cloister.__file__}, not {expected}")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cloister_home(tmp_path_factory: pytest.TempPathFactory):
     home = tmp_path_factory.mktemp("home")
