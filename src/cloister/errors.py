@@ -8,7 +8,7 @@
       WireError                MalformedMessageError  UnsupportedVersionError  LimitExceededError
       AttestationError         MalformedEvidenceError  EvidenceSignatureError  StaleEvidenceError
                                MeasurementMismatchError  PolicyRejectedError
-      ChannelError             DecryptionError (one kind, no detail)  ReplayError  NoSessionError
+      ChannelError             DecryptionError (one kind, no detail)  ReplayError  NoSessionError  RollbackError
       EnclaveError             HardeningError
       StoreError               ShardMismatchError  StoreFullError
       AdapterError             UnsupportedLayerError  StateMismatchError
@@ -189,6 +189,12 @@ class NoSessionError(ChannelError):
     """There is no session with this peer (it restarted, or the session was closed): shake hands again."""
 
     code = "channel.no-session"
+
+
+class RollbackError(ChannelError):
+    """A sealed file, or the state that a peer comes back with, is older than what is known to have been there."""
+
+    code = "channel.rollback"
 
 
 class EnclaveError(CloisterError):

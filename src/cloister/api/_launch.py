@@ -20,7 +20,7 @@ from cloister.federation import ClientEndpoint, Relay
 
 from ._events import Event, EventFile, EventTail, OnEvent
 from ._memory import MemoryWatch
-from ._platform import simulated_platform
+from ._platform import provision
 from ._process import BUG_CODE, EXIT_BUG
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ class Launch:
 
     def _server_child(self) -> Child:
         argv = [*self._programs.server, "--run", str(self._folder.path), "--socket", str(self.server_socket)]
-        secret = simulated_platform().provision()
+        secret = provision(self._job.enclave.backend)
         return Child("server", argv, env=self._programs.env, log=self._folder.logs / "server.log", secret=secret)
 
     def _client_child(self, name: str) -> Child:

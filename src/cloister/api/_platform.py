@@ -45,3 +45,9 @@ def simulated_platform() -> SimulatedRoot:
         raise StoreError(
             f"cannot write {home}: {error.strerror}", path=str(home), hint=f"set {HOME_VARIABLE} to a folder of yours"
         ) from error
+
+
+def provision(backend: str) -> bytes:
+    """What the launcher hands to an enclave of `backend` after hardening. *Secret*; empty for a real TEE, which holds
+    its own."""
+    return simulated_platform().provision() if backend == "simulated" else b""

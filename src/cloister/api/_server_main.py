@@ -14,18 +14,27 @@ import sysconfig
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cloister.attest import Policy, SimulatedAttester, expected_rtmr3, measure_folder, measure_package
+from cloister.attest import (
+    BackendSettings,
+    Measured,
+    Policy,
+    measure_folder,
+    measure_package,
+    measurement_events,
+    open_backend,
+)
 from cloister.enclave import HostServer, bind_host_socket, harden
 
 from ._events import EventFile
 from ._folder import RunFolder
 from ._process import die_with_parent, fail_on_thread_bug, run_main, set_up_logging
 
-MAX_PROVISION_BYTES = 1 << 20
+if TYPE_CHECKING:
+    from cloister.config import Job
 
-ATTESTERS = {"simulated": SimulatedAttester}
-"""Backends by the job's `enclave.backend`; the hardware ones join here, behind the same interface."""
+MAX_PROVISION_BYTES = 1 << 20
 
 
 def main() -> None:
@@ -52,23 +61,28 @@ def _serve(folder: RunFolder, socket_path: Path, events: EventFile) -> None:
     node_keys = {name: read_node_key(folder.registered_key(name)) for name in job.client_names}
     listener = bind_host_socket(socket_path)
     os.environ["TMPDIR"] = str(folder.server)
-    layers = harden(work_dirs=[folder.server], read_dirs=[*_code_dirs(), folder.model, folder.inbox])
-    provision = sys.stdin.buffer.read(MAX_PROVISION_BYTES)
+    backend = open_backend(job.enclave.backend, _settings(job, folder))
+    layers = harden(
+        work_dirs=[folder.server, *backend.write_dirs],
+        read_dirs=[*_code_dirs(), folder.model, folder.inbox, *backend.read_dirs],
+    )
+    provision = sys.stdin.buffer.read(MAX_PROVISION_BYTES) if backend.needs_provision else b""
 
     from cloister.federation import ServerRun
 
     from ._plans import server_plan
 
-    rtmr3 = expected_rtmr3(
+    events_of_self = measurement_events(
         package=measure_package(),
         job_sha384=job.sha384,
         policy_template=policy.template_sha384,
         weights=measure_folder(folder.model),
     )
-    attester = ATTESTERS[job.enclave.backend](provision, rtmr3=rtmr3, layers=layers)
+    measured = Measured(tuple(events_of_self), layers, provision)
+    attester = backend.start(measured)
     plan = server_plan(job, folder, policy, node_keys)
     run = ServerRun(plan, attester, now=time.time, emit=events.emit)
-    events.emit("ready", layers=list(layers), rtmr3=rtmr3.hex(), pid=os.getpid())
+    events.emit("ready", layers=list(layers), rtmr3=measured.register.hex(), pid=os.getpid())
     server = HostServer(listener, run.handle)
     threading.Thread(target=server.serve_forever, name="host-port", daemon=True).start()
     try:
@@ -76,6 +90,18 @@ def _serve(folder: RunFolder, socket_path: Path, events: EventFile) -> None:
         run.wait_for_stop()
     finally:
         run.close()
+
+
+def _settings(job: Job, folder: RunFolder) -> BackendSettings:
+    given = job.enclave
+    return BackendSettings(
+        collateral=Path(given.collateral) if given.collateral else None,
+        td_quote=Path(given.td_quote) if given.td_quote else None,
+        tcti=given.tcti,
+        state_dir=folder.server,
+        gpu=given.gpu,
+        sealing=given.sealing,
+    )
 
 
 def _code_dirs() -> list[Path]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cloister.errors import AttestationError
@@ -61,8 +61,8 @@ def measure_folder(path: str | Path) -> bytes:
     return whole.digest()
 
 
-def expected_rtmr3(*, package: bytes, job_sha384: bytes, policy_template: bytes, weights: bytes) -> bytes:
-    """The run-time register of an enclave that loaded exactly these, 48 bytes. Public; deterministic.
+def measurement_events(*, package: bytes, job_sha384: bytes, policy_template: bytes, weights: bytes) -> list[bytes]:
+    """What the run-time register is extended with before the first evidence, in this order; 48 bytes each. Public.
 
     Args:
         package: from `measure_package`.
@@ -73,14 +73,54 @@ def expected_rtmr3(*, package: bytes, job_sha384: bytes, policy_template: bytes,
     Raises:
         AttestationError: a value is not 48 bytes.
     """
-    events = {"package": package, "job": job_sha384, "policy": policy_template, "weights": weights}
-    register = bytes(_DIGEST_BYTES)
-    for label, value in events.items():
-        if len(value) != _DIGEST_BYTES:
-            raise AttestationError(f"the measurement {label} is {len(value)} bytes, not {_DIGEST_BYTES}")
-        event = hashlib.sha384(enc(_EVENT_LABEL, label.encode(), value)).digest()
-        register = hashlib.sha384(register + event).digest()
-    return register
+    values = {"package": package, "job": job_sha384, "policy": policy_template, "weights": weights}
+    for label, value in values.items():
+        _check_digest(f"measurement {label}", value)
+    return [hashlib.sha384(enc(_EVENT_LABEL, label.encode(), value)).digest() for label, value in values.items()]
+
+
+def register_history(events: Iterable[bytes]) -> list[bytes]:
+    """The register before the first event and after each, 48 bytes each; the last is what evidence must state."""
+    history = [bytes(_DIGEST_BYTES)]
+    for event in events:
+        history.append(hashlib.sha384(history[-1] + event).digest())
+    return history
+
+
+def expected_rtmr3(*, package: bytes, job_sha384: bytes, policy_template: bytes, weights: bytes) -> bytes:
+    """The run-time register of an enclave that loaded exactly these, 48 bytes. Public; deterministic.
+
+    Args:
+        package, job_sha384, policy_template, weights: as `measurement_events`.
+
+    Raises:
+        AttestationError: a value is not 48 bytes.
+    """
+    events = measurement_events(
+        package=package, job_sha384=job_sha384, policy_template=policy_template, weights=weights
+    )
+    return register_history(events)[-1]
+
+
+def expected_host_data(register: bytes) -> bytes:
+    """HOST_DATA with which an SNP guest must be launched, 32 bytes: SHA-256 of the register. Public; deterministic.
+
+    SNP has no register that a guest can extend. The host writes HOST_DATA at launch and cannot change it afterwards,
+    and the enclave refuses to start under another value than that of what it loaded.
+
+    Args:
+        register: from `expected_rtmr3`.
+
+    Raises:
+        AttestationError: `register` is not 48 bytes.
+    """
+    _check_digest("run-time register", register)
+    return hashlib.sha256(register).digest()
+
+
+def _check_digest(name: str, value: bytes) -> None:
+    if len(value) != _DIGEST_BYTES:
+        raise AttestationError(f"the {name} is {len(value)} bytes, not {_DIGEST_BYTES}")
 
 
 def _relative(folder: Path, file: Path) -> bytes:

@@ -32,8 +32,8 @@ from cloister.wire import enc
 
 POLICY_VERSION = 1
 # What this release can verify; a policy that names another type is a mistake to be told of, not to be skipped.
-EVIDENCE_TYPES = ("azure", "sgx", "simulated", "simulated-snp", "snp", "tdx", "vtpm")
-SIMULATED_TYPES = ("simulated", "simulated-snp")
+EVIDENCE_TYPES = ("azure", "sgx", "simulated", "simulated-sgx", "simulated-snp", "snp", "tdx", "vtpm", "with-gpu")
+SIMULATED_TYPES = ("simulated", "simulated-sgx", "simulated-snp")
 ROLES = ("client", "server")
 _TEMPLATE_LABEL = b"cloister-policy-template/v1"
 _MAX_AGE_S = 366 * 86400

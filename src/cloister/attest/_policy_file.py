@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from cloister._files import write_whole
 from cloister.attest._policy import POLICY_VERSION
 from cloister.attest._simulated.attester import SIMULATED_REGISTERS, TD_ATTRIBUTES, XFAM
-from cloister.errors import ConfigError
+from cloister.errors import ConfigError, StoreError
 
 _TEMPLATE = """\
 # Policy of a SIMULATED run: it trusts a software root on this machine, which protects nobody from its operator.
@@ -97,8 +96,6 @@ def write_policy(
     Raises:
         ConfigError: the file cannot be written.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     blob = render_policy(
         root_sha256=root_sha256,
         server_rtmr3=server_rtmr3,
@@ -106,9 +103,6 @@ def write_policy(
         require_layers=require_layers,
     )
     try:
-        temporary.write_bytes(blob)
-        temporary.replace(target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise ConfigError(f"cannot write the policy: {error.strerror}", source=str(path)) from None
+        write_whole(Path(path), blob, mode=0o644)  # public, and others compare it with theirs
+    except StoreError as error:
+        raise ConfigError(f"cannot write the policy: {error.cause}", source=str(path)) from None

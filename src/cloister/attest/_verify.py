@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hmac
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,14 +10,29 @@ from dataclasses import dataclass
 from cloister.attest._finding import Finding, Findings, Proven
 from cloister.attest._policy import Policy
 from cloister.attest._types import Claims, Decision
+from cloister.attest._verifiers.azure import verify_azure
+from cloister.attest._verifiers.composite import COMPOSITE_TYPE, verify_with_gpu
+from cloister.attest._verifiers.sgx import verify_sgx
+from cloister.attest._verifiers.snp import verify_snp
 from cloister.attest._verifiers.tdx import verify_tdx
+from cloister.attest._verifiers.vtpm import verify_vtpm
 from cloister.errors import MeasurementMismatchError, PolicyRejectedError
 from cloister.wire import Evidence
 
 Verifier = Callable[..., Proven]
 
 # One entry per evidence type; "simulated" is the same hardware format under another root.
-VERIFIERS: dict[str, Verifier] = {"simulated": verify_tdx, "tdx": verify_tdx}
+VERIFIERS: dict[str, Verifier] = {
+    "azure": verify_azure,
+    "sgx": verify_sgx,
+    "simulated": verify_tdx,
+    "simulated-sgx": verify_sgx,
+    "simulated-snp": verify_snp,
+    "snp": verify_snp,
+    "tdx": verify_tdx,
+    "vtpm": verify_vtpm,
+}
+VERIFIERS[COMPOSITE_TYPE] = functools.partial(verify_with_gpu, cpu_verifiers=VERIFIERS)
 
 
 @dataclass(frozen=True)
@@ -60,6 +76,9 @@ def appraise_evidence(evidence: Evidence, policy: Policy, *, role: str, now: int
     found.refused += proven.findings.refused
     for claims in (proven.claims, *proven.claims.parts):
         _check_common(claims, policy, found)
+    if policy.gpu.required:
+        text = "the policy asks for a GPU ([gpu].required), and the evidence has none"
+        found.check(any(part.tee == "gpu" for part in proven.claims.parts), "a GPU is part of the evidence", text)
     return Appraisal(proven.claims, tuple(found.passed), tuple(found.refused), proven.limits)
 
 
@@ -97,12 +116,15 @@ def verify_evidence(evidence: Evidence, policy: Policy, *, role: str, report_dat
 def _check_common(claims: Claims, policy: Policy, found: Findings) -> None:
     """What holds for every TEE: no debugger, an allowed platform, and the hardening of a simulated process."""
     where = f"{claims.tee}: " if claims.parts else ""
-    found.check(not claims.debug, f"{where}not a debug enclave", "a debug enclave: its host can read its memory")
+    # A GPU's report does not say whether it can be debugged: that check cannot pass for it, only fail.
+    passed = "" if claims.tee == "gpu" else f"{where}not a debug enclave"
+    found.check(not claims.debug, passed, "a debug enclave: its host can read its memory")
     if policy.platform_ids and claims.tee != "gpu":
         name = claims.platform_id or "without an id"
         text = f"platform {name} is not in [platforms].allow_piid or allow_chip_id"
-        # A vTPM has no id of its own: the CPU below it has.
-        found.check(claims.platform_id in policy.platform_ids or bool(claims.parts), "platform is allowed", text)
+        # A vTPM has no id of its own: the CPU below it has. A GPU beside it vouches for no platform.
+        below = any(part.tee != "gpu" for part in claims.parts)
+        found.check(claims.platform_id in policy.platform_ids or below, "platform is allowed", text)
     if claims.simulated and claims.tee == "tdx":
         missing = [layer for layer in policy.require_layers if layer not in claims.layers]
         found.check(

@@ -7,6 +7,7 @@ give: keys are dropped and overwritten where possible, copies made by the interp
 from __future__ import annotations
 
 from cloister.channel._chunked import ciphertext_size, decrypt_chunked, encrypt_chunked, plaintext_size
+from cloister.channel._counter import CountedFile, Counter
 from cloister.channel._handshake import MAX_FLIGHT_BYTES, ClientHandshake, ServerHandshake
 from cloister.channel._kdf import SUITE_ID, V, derive_key
 from cloister.channel._proof import (
@@ -35,6 +36,8 @@ __all__ = [
     "ClientHandshake",
     "ClientProver",
     "ClientVerifier",
+    "CountedFile",
+    "Counter",
     "EvidenceProver",
     "EvidenceVerifier",
     "NodeKeyProver",

@@ -1,26 +1,23 @@
 """Sealed files: state that outlives a process, on a disk that its host can read and change.
 
-Roll-back to an older file is not detected by sealing; `version` comes back authenticated so that the caller can compare
-it with a counter of its own, where it has one.
+Sealing alone does not tell an older file from the newest; `version` comes back authenticated, and `at_least` refuses
+one below what a counter outside of that disk says (`CountedFile`).
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import secrets
 from pathlib import Path
 
 from cloister import wire
+from cloister._files import write_whole
 from cloister.channel._chunked import Blob, ciphertext_size, decrypt_chunked, encrypt_chunked
 from cloister.channel._kdf import V
-from cloister.errors import DecryptionError, StoreError, StoreFullError
+from cloister.errors import DecryptionError, RollbackError, StoreError
 
 _MAGIC = b"CLSF\x01"
 _VERSION_BYTES = 8
 _HEADER_BYTES = len(_MAGIC) + _VERSION_BYTES
 _MAX_VERSION = (1 << 64) - 1
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_sealed(path: Path | str, plaintext: Blob, *, key: bytes, label: str, version: int) -> None:
@@ -42,45 +39,20 @@ def write_sealed(path: Path | str, plaintext: Blob, *, key: bytes, label: str, v
     if not 0 <= version <= _MAX_VERSION:
         raise StoreError(f"version of sealed file {path} is outside of 64 bits", path=str(path))
     sealed = encrypt_chunked(key, plaintext, _context(label, version))
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        _write_durably(temporary, path, (_MAGIC + version.to_bytes(_VERSION_BYTES, "big"), sealed))
-    except OSError as error:
-        if error.errno in _FULL:
-            raise StoreFullError(
-                f"no space left for {path} ({_HEADER_BYTES + len(sealed)} bytes)",
-                path=str(path),
-                hint="free some space on that disk; the file that was there before is untouched",
-            ) from error
-        raise StoreError(f"{path} cannot be written: {error.strerror}", path=str(path)) from error
+    write_whole(path, _MAGIC + version.to_bytes(_VERSION_BYTES, "big"), sealed)
 
 
-def _write_durably(temporary: Path, path: Path, parts: tuple[bytes, ...]) -> None:
-    """Write beside `path`, sync, rename over it, sync the folder: a crash leaves the old file or the new one."""
-    try:
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def read_sealed(path: Path | str, *, key: bytes, label: str) -> tuple[int, bytes]:
+def read_sealed(path: Path | str, *, key: bytes, label: str, at_least: int = 0) -> tuple[int, bytes]:
     """Open a sealed file; returns its version and plaintext (*secret*).
 
-    Success means that a holder of `key` wrote exactly this under `label` and `version`. The caller must still judge
-    whether `version` is recent enough: an older file of the same writer opens as well.
+    Success means that a holder of `key` wrote exactly this under `label` and `version`, and that `version` is not below
+    `at_least`. Without `at_least` an older file of the same writer opens as well, and the caller must live with that.
+
+    Args:
+        at_least: what a counter says, that whoever can replace the file cannot turn back.
 
     Raises:
+        RollbackError: the file is genuine, and older than `at_least`.
         StoreError: there is no such file, or it cannot be read.
         DecryptionError: wrong key or label, or one bit was changed anywhere in the file.
     """
@@ -93,9 +65,15 @@ def read_sealed(path: Path | str, *, key: bytes, label: str) -> tuple[int, bytes
     try:
         if len(blob) < _HEADER_BYTES + ciphertext_size(0) or not blob.startswith(_MAGIC):
             raise DecryptionError
-        return version, decrypt_chunked(key, memoryview(blob)[_HEADER_BYTES:], _context(label, version))
+        plaintext = decrypt_chunked(key, memoryview(blob)[_HEADER_BYTES:], _context(label, version))
     except DecryptionError:
         raise DecryptionError(f"sealed file {path} does not open") from None
+    if version < at_least:
+        raise RollbackError(
+            f"sealed file {path} is of version {version}, and version {at_least} was written after it",
+            hint="somebody put an older file back: restore the newest one",
+        )
+    return version, plaintext
 
 
 def _context(label: str, version: int) -> bytes:

@@ -11,6 +11,11 @@ operator of the server, their data or the tuned layers.
   cloister check job.toml             every problem of it, before anything starts
   cloister run job.toml               train; the report is runs/latest/report.html
   cloister predict --run runs/latest --client hospital-a "Acute bronchitis"
+
+  cloister doctor                     what this machine has: TEEs, hardening, versions
+  cloister measure job.toml           what the job's enclave will measure, for a policy
+  cloister policy init evidence       a strict policy from evidence that you show
+  cloister verify evidence --policy policy.toml
 """
 
 EXIT_CODES = """\
@@ -23,6 +28,7 @@ exit codes:
   5    evidence refused                130  stopped by Ctrl-C (143: by SIGTERM)
   6    the encrypted channel broke
   7    store or disk failed
+  50 to 54: `verify` and `policy` on evidence; see `cloister verify --help`
 
 Errors go to stderr as "error:" and "hint:" lines; stdout carries data only.
 """
@@ -84,5 +90,90 @@ its sealed checkpoint if it is down, and the answer comes back sealed.""",
 examples:
   cloister predict --run runs/latest --client hospital-north "Acute bronchitis due to rhinovirus"
   cloister predict --run runs/latest --client hospital-north --file texts.txt --json
+""",
+)
+
+_REFUSALS = """\
+exit codes:
+  0    accepted
+  50   attest.malformed: truncated, oversized, or no evidence at all
+  51   attest.signature: a signature, certificate chain or revocation fails
+  52   attest.stale: evidence or collateral expired, too old, or from the future
+  53   attest.measurement: genuine, and of other code, another job or another session
+  54   attest.policy: not allowed: type, root, debug, patch level, platform
+  2    the policy or an argument is wrong
+"""
+
+VERIFY = (
+    """\
+decide offline whether a policy accepts evidence
+Prints the decision, every check that passed or did not, what was proven and what was not. EVIDENCE is an
+evidence file of cloister, or a raw quote or report with --type and --collateral. Nothing goes online.""",
+    f"""\
+examples:
+  cloister verify evidence.bin --policy policy.toml
+  cloister verify quote.bin --type tdx --collateral collateral.json --policy policy.toml --now 2026-06-01T12:00:00Z
+
+{_REFUSALS}""",
+)
+
+POLICY = "write or check the allow-list that decides about evidence"
+
+POLICY_INIT = (
+    """\
+write a strict policy from evidence that you show
+The evidence must be genuine under its vendor's root. Root, registers, attributes and patch level are pinned
+as seen, and the result is checked against the same evidence. Debug enclaves are refused.""",
+    f"""\
+examples:
+  cloister policy init quote.bin --type tdx --collateral collateral.json --out policy.toml
+  cloister policy init evidence.bin --allow-simulated --pin-platform > policy.toml
+
+{_REFUSALS}""",
+)
+
+POLICY_CHECK = (
+    """\
+say what a policy allows, or explain its decision line by line
+Without EVIDENCE: what it allows in words, warnings, its SHA-384 and its template's, which enclaves measure.""",
+    f"""\
+examples:
+  cloister policy check policy.toml
+  cloister policy check policy.toml quote.bin --type tdx --collateral collateral.json
+
+{_REFUSALS}""",
+)
+
+MEASURE = (
+    """\
+print what the server enclave of a job will measure
+Digests of the installed package, the job, the policy and the backbone, and the registers that follow from them,
+as TOML lines for the policy. Every installation of one release gives the same values.""",
+    """\
+example:
+  cloister measure job.toml
+""",
+)
+
+DOCTOR = (
+    """\
+report what this machine has
+Attestation backends with what is missing of each, hardening layers, versions, Flower, room. Changes nothing.""",
+    """\
+example:
+  cloister doctor
+""",
+)
+
+COLLATERAL = "fetch what a verifier needs beside a quote or report"
+
+COLLATERAL_FETCH = (
+    """\
+fetch collateral or certificates from the vendor: the only command that goes online
+Intel's service learns the platform's model; AMD's learns the chip's id and firmware.""",
+    """\
+examples:
+  cloister collateral fetch --quote quote.bin --out collateral.json
+  cloister collateral fetch --snp-report report.bin --out chain.pem
 """,
 )

@@ -12,12 +12,14 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from cloister import __version__
 from cloister.cli import _help
+from cloister.cli._attest_arguments import Adder, add_attest_commands
 from cloister.errors import AttestationError, CloisterError, ConfigError
 
 EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h.
@@ -66,19 +68,11 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"cloister {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add = _adder(parser, common)
 
-    def add(name: str, text: str, example: str) -> argparse.ArgumentParser:
-        child = commands.add_parser(
-            name,
-            help=text.partition("\n")[0],
-            description=text,
-            epilog=example,
-            parents=[common],
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        child.set_defaults(command=lambda args: _call(name, args))
-        return child
+    def group(name: str, text: str) -> Adder:
+        child = add(name, text, "")
+        return _adder(child, common)
 
     _add_quickstart(add("quickstart", *_help.QUICKSTART))
     init = add("init", *_help.INIT)
@@ -87,13 +81,33 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("job", metavar="JOB", help="a job file")
     _add_run(add("run", *_help.RUN))
     _add_predict(add("predict", *_help.PREDICT))
+    add_attest_commands(add, group)
     return parser
 
 
-def _call(name: str, args: argparse.Namespace) -> int:
-    from cloister.cli import _commands
+def _adder(parent: argparse.ArgumentParser, common: argparse.ArgumentParser) -> Adder:
+    """What adds commands below `parent`, each with its text, its example, and the function that it calls."""
+    commands = parent.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    return getattr(_commands, name)(args)
+    def add(
+        name: str, text: str, example: str, *, module: str = "_commands", function: str = ""
+    ) -> argparse.ArgumentParser:
+        child = commands.add_parser(
+            name,
+            help=text.partition("\n")[0],
+            description=text,
+            epilog=example,
+            parents=[common],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        child.set_defaults(command=lambda args: _call(module, function or name, args))
+        return child
+
+    return add
+
+
+def _call(module: str, function: str, args: argparse.Namespace) -> int:
+    return getattr(import_module(f"cloister.cli.{module}"), function)(args)
 
 
 def _add_views(parser: argparse.ArgumentParser) -> None:

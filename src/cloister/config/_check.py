@@ -27,6 +27,7 @@ def check_job(job: Job) -> None:
     attempt("model", lambda: _check_model(job))
     if job.policy.file is not None:
         attempt("policy.file", lambda: _check_file(job.policy.file, "policy"))
+    attempt("enclave", lambda: _check_enclave(job))
     for i, client in enumerate(job.clients):
         for split in client.datasets:
             attempt(f"clients[{i}].{split}", lambda i=i, split=split: _check_data(job, i, split))
@@ -60,6 +61,20 @@ def _check_model(job: Job) -> None:
             path=job.model.path,
             hint="use a decoder for causal-lm, or the task sequence-classification",
         )
+
+
+def _check_enclave(job: Job) -> None:
+    """A real enclave needs a policy that somebody wrote: reference values of a real platform cannot be made up here."""
+    enclave = job.enclave
+    if enclave.backend != "simulated" and job.policy.file is None:
+        problem = Problem(
+            "policy.file",
+            f'missing: the backend "{enclave.backend}" needs a policy with reference values',
+            "write one from evidence of the machine: cloister policy init",
+        )
+        raise ConfigError([problem])
+    for what, path in (("collateral", enclave.collateral), ("TD quote", enclave.td_quote)):
+        _check_file(path, what)
 
 
 def _check_data(job: Job, i: int, split: str) -> None:

@@ -65,6 +65,9 @@ def parse_job(raw: Mapping[str, Any], *, base: str | Path | None = None, source:
     return resolve_paths(job, Path.cwd() if base is None else Path(base))
 
 
+_ENCLAVE_FILES = ("collateral", "td_quote")
+
+
 def resolve_paths(job: Job, base: Path) -> Job:
     """The same job with every local path absolute. A hub name stays as it is unless such a folder exists."""
     base = base.expanduser().absolute()
@@ -78,9 +81,11 @@ def resolve_paths(job: Job, base: Path) -> Job:
         )
         for client in job.clients
     )
+    enclave = {name: (given := getattr(job.enclave, name)) and _absolute(given, base) for name in _ENCLAVE_FILES}
     return job.model_copy(
         update={
             "clients": clients,
+            "enclave": job.enclave.model_copy(update=enclave),
             "model": job.model.model_copy(update={"path": _model_path(job.model.path, base)}),
             "policy": job.policy.model_copy(update={"file": job.policy.file and _absolute(job.policy.file, base)}),
             "store": job.store.model_copy(update={"url": job.store.url and _store_url(job.store.url, base)}),

@@ -180,9 +180,14 @@ class FederationConfig(_Section):
 
 
 class EnclaveConfig(_Section):
-    """`[enclave]`: the trusted process of the server."""
+    """`[enclave]`: the trusted process of the server. The backend is agreed by all; the rest is its operator's."""
 
-    backend: Literal["simulated"] = "simulated"
+    backend: Literal["simulated", "azure", "sgx", "snp", "tdx", "vtpm"] = "simulated"
+    collateral: Text | None = None
+    td_quote: Text | None = None
+    tcti: Text = "device:/dev/tpmrm0"
+    gpu: Bool = False
+    sealing: Literal["platform", "ephemeral"] = "platform"
     memory_budget_bytes: Annotated[Int, Field(ge=16 * _MIB)] = 2048 * _MIB
 
 
@@ -243,7 +248,8 @@ class Job(_Section):
 
         Left out are what one party alone decides and what differs from machine to machine: each client's paths,
         columns, filters and key, the store's credentials and local folder, the policy's path (its content is agreed
-        by hash in the handshake), the relay's port and the folder above the backbone (its weights are measured).
+        by hash in the handshake), the relay's port, what the server's operator gives the enclave's backend, and
+        the folder above the backbone (its weights are measured).
         """
         shared = self.model_dump(mode="json")
         shared["model"]["path"] = _shared_model_name(self.model.path)
@@ -255,7 +261,7 @@ class Job(_Section):
         if self.store.url is not None and "://" not in self.store.url:
             shared["store"]["url"] = None
         del shared["federation"]["port"]
-        del shared["enclave"]["memory_budget_bytes"]
+        shared["enclave"] = {"backend": self.enclave.backend}
         return json.dumps(shared, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
     @property

@@ -83,7 +83,7 @@ test = "data/hospital-b/test.jsonl"
 # port = 9092                       # a free one if left out
 
 [enclave]
-# backend = "simulated"             # for trying out: protects from other users, not from root. Not a TEE
+# backend = "simulated"             # protects from other users, not from root: no TEE. Others: `cloister doctor`, docs/job.md
 # memory_budget_bytes = 2147483648
 
 [release]

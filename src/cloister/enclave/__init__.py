@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cloister.enclave._detect import available_layers
 from cloister.enclave._harden import REQUIRED_LAYERS, harden
 from cloister.enclave._hostport import (
     MAX_FRAME_BYTES,
@@ -18,6 +19,7 @@ __all__ = [
     "REQUIRED_LAYERS",
     "HostServer",
     "SecretBytes",
+    "available_layers",
     "bind_host_socket",
     "harden",
     "host_call",

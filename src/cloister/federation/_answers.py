@@ -7,7 +7,13 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from cloister.errors import CloisterError, FederationError, MalformedMessageError
+from cloister.errors import (
+    CloisterError,
+    FederationError,
+    MalformedMessageError,
+    NoSessionError,
+    StaleEvidenceError,
+)
 from cloister.wire import (
     Envelope,
     ErrorAnswer,
@@ -73,7 +79,10 @@ class PredictDesk:
         if peer.session is None:
             peer.receive(blob)
             return peer.outstanding or b""
-        header, plaintext = peer.session.open(Envelope.parse(blob).body)
+        try:
+            header, plaintext = peer.session.open(Envelope.parse(blob).body)
+        except (NoSessionError, StaleEvidenceError):
+            return Envelope.for_error(NoSessionError).to_bytes()  # it aged: the client shakes hands again
         if header.sender != peer.name or header.receiver != "server":
             raise MalformedMessageError("the record is not from this client")
         try:

@@ -6,7 +6,14 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cloister.errors import ChannelError, FederationError, PeerError, error_for_code
+from cloister.errors import (
+    ChannelError,
+    FederationError,
+    NoSessionError,
+    PeerError,
+    PolicyRejectedError,
+    error_for_code,
+)
 from cloister.wire import (
     MAX_PREDICT_BYTES,
     Envelope,
@@ -46,10 +53,17 @@ class Questioner:
         """Handshake F1-F4. Success means: the enclave's evidence was accepted under this client's policy.
 
         Raises:
-            AttestationError: it was not; nothing but handshake flights has been sent.
+            AttestationError: it was not, or the enclave works by another policy; nothing but handshake flights has been
+                sent.
         """
         flight1 = self._expect("f1", self._exchange(b""))
-        flight3 = self._expect("f3", self._exchange(Envelope("f2", self._link.flight2(flight1)).to_bytes()))
+        answer = self._exchange(Envelope("f2", self._link.flight2(flight1)).to_bytes())
+        if answer and Envelope.parse(answer).kind == "f1":
+            raise PolicyRejectedError(
+                "the server enclave does not work by the same run, node key and policy as this client",
+                hint=f"this client's policy is {self._plan.policy.source or 'not from a file'}; compare policy_sha384",
+            )
+        flight3 = self._expect("f3", answer)
         self._exchange(Envelope("f4", self._link.flight4(flight3)).to_bytes())
 
     def ask(self, body: bytes) -> list[dict[str, Any]]:
@@ -58,12 +72,13 @@ class Questioner:
         Raises:
             PeerError: the enclave answers with an error.
         """
-        session = self._link.require_session()
-        self._attempt += 1
         request = PredictRequest(body)
-        header = Header(self._plan.run_id, ROUND, request.KIND, self._plan.name, "server", self._attempt)
-        record = Envelope("record", session.seal(header, request.to_bytes())).to_bytes()
-        reply, plaintext = session.open(self._expect("record", self._exchange(record)))
+        try:
+            reply, plaintext = self._exchange_record(request)
+        except NoSessionError:
+            # Aged on either side, or this client's policy was changed: attest again and ask again, once.
+            self.connect()
+            reply, plaintext = self._exchange_record(request)
         if reply.sender != "server" or reply.attempt != self._attempt:
             raise ChannelError("the answer belongs to another question")
         answer = parse_message(plaintext)
@@ -72,6 +87,12 @@ class Questioner:
         if not isinstance(answer, PredictAnswer):
             raise PeerError(f"the server enclave answered {answer.KIND}", peer="server", peer_code="wire.malformed")
         return unpack(answer.body, ANSWER_KIND, max_bytes=MAX_PREDICT_BYTES)["answers"]
+
+    def _exchange_record(self, request: PredictRequest) -> tuple[Header, bytes]:
+        self._attempt += 1
+        header = Header(self._plan.run_id, ROUND, request.KIND, self._plan.name, "server", self._attempt)
+        record = Envelope("record", self._link.seal(header, request.to_bytes())).to_bytes()
+        return self._link.open(self._expect("record", self._exchange(record)))
 
     def _expect(self, kind: str, blob: bytes) -> bytes:
         if not blob:

@@ -17,6 +17,7 @@ from cloister.errors import (
     CloisterError,
     NoSessionError,
     PeerError,
+    StaleEvidenceError,
     WireError,
     error_for_code,
 )
@@ -31,7 +32,14 @@ ROUND = 1
 """Method 2 has one round: each example crosses once, whatever the number of epochs."""
 
 MAX_STRIKES = 5
-"""Unusable answers in a row from one peer before it counts as failed."""
+"""Unusable answers from one peer without an answered request in between, before it counts as failed. A handshake that
+succeeds does not count as an answer: a session that ages faster than the client answers must end the run some day."""
+
+_HINT = "the relay damages messages, or the client's node key is not the registered one"
+_HINT_AT_F2 = (
+    "the parties disagree on the run, the client's name, its node key or the policy (compare policy_sha384), or the "
+    "relay damages messages"
+)
 
 
 class Peer:
@@ -88,7 +96,7 @@ class Peer:
         if self.session is None:
             raise NoSessionError(f"no session with client {self.name}")
         if self._now() - self.session.opened_at > self._max_age_s:
-            self.connect()  # full re-attestation; the run asks again once the new session stands
+            self.connect()  # full attestation anew; the run asks again once the new session stands
             return
         self._attempt += 1
         header = Header(self._context.run_id, ROUND, message.KIND, "server", self.name, self._attempt)
@@ -116,7 +124,8 @@ class Peer:
         except (AttestationError, ChannelError, WireError) as error:
             self._strike(error)
             return None
-        self._strikes = 0
+        if message is not None:
+            self._strikes = 0
         return message
 
     def close(self) -> None:
@@ -178,6 +187,7 @@ class Peer:
         """An unusable answer. Keys are never reused for another try: either the same ciphertext goes again, or a new
         handshake starts; after MAX_STRIKES in a row the peer is out."""
         self._strikes += 1
+        at_f2 = self._awaits == "f2"
         _log.warning("%s: unusable answer %d (%s)", self.name, self._strikes, error.code)
         if self._strikes >= MAX_STRIKES:
             self.fail(error.code)
@@ -185,9 +195,9 @@ class Peer:
                 f"client {self.name}: {self._strikes} unusable answers in a row, the last {error.code}",
                 peer=self.name,
                 peer_code=error.code,
-                hint="the relay damages messages, or the client's node key is not the registered one",
+                hint=_HINT_AT_F2 if at_f2 else _HINT,
             ) from error
-        if self.session is None or isinstance(error, NoSessionError):
+        if self.session is None or isinstance(error, (NoSessionError, StaleEvidenceError)):
             self.connect()
         else:
             self.in_flight = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dcap_qvl
 import pytest
 
 from cloister.attest import INTEL_ROOT_SHA256, Policy, verify_evidence
@@ -108,6 +109,29 @@ def test_quotes_of_other_machines_behind_this_collateral(samples, name):
     """Debug enclaves and domains among them; none belongs to this collateral."""
     with pytest.raises(AttestationError):
         verify(sample(samples, f"trustee/{name}", collateral="tdx_quote_collateral.json"))
+
+
+@pytest.mark.parametrize("name", ["tdx-quote.hex", "quote-from-tappd.hex"])
+def test_quotes_of_machines_that_this_collateral_calls_unpatched(samples, name):
+    """Same processors as those of the collateral, and a TCB below every level that it knows."""
+    quote = bytes.fromhex((samples / name).read_text().strip().removeprefix("0x"))
+    assert dcap_qvl.parse_quote(quote).is_tdx()
+    with pytest.raises(PolicyRejectedError, match="TCB level"):
+        verify(Evidence("tdx", quote, (samples / "tdx_quote_collateral.json").read_bytes()))
+
+
+# The samples have no collateral, so all that can be said of them is that they parse, and what they state.
+@pytest.mark.parametrize(
+    ("name", "version", "debug"),
+    [("tdx_quote_4.dat", 4, True), ("tdx_quote_5.dat", 5, False), ("tdx_quote_6.dat", 4, False)],
+)
+def test_quotes_without_collateral(samples, name, version, debug):
+    quote = (samples / "trustee" / name).read_bytes()
+    parsed = dcap_qvl.parse_quote(quote)
+    assert parsed.header.version == version
+    assert bool(bytes(parsed.report.td_attributes)[0] & 1) is debug
+    with pytest.raises(MalformedEvidenceError, match="collateral is missing"):
+        verify(Evidence("tdx", quote, b""))
 
 
 def test_bit_flip_in_a_real_quote(samples):

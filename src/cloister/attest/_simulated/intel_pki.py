@@ -27,6 +27,7 @@ QE_ATTRIBUTES = bytes.fromhex("1500000000000000e700000000000000")
 QE_ATTRIBUTES_VALUE = "11000000000000000000000000000000"
 QE_ATTRIBUTES_MASK = "FBFFFFFFFFFFFFFF0000000000000000"
 QE_PROD_ID = 2
+SGX_QE_PROD_ID = 1
 QE_SVN = 1
 QE_MR_SIGNER = hashlib.sha256(b"SIMULATED quoting enclave signer").digest()
 QE_MR_ENCLAVE = hashlib.sha256(b"SIMULATED quoting enclave").digest()
@@ -119,44 +120,40 @@ def sgx_extension(*, ppid: bytes, fmspc: bytes, piid: bytes) -> bytes:
     )
 
 
-def tcb_info(*, fmspc: bytes, now: int, status: str = "UpToDate", advisories: tuple[str, ...] = ()) -> str:
-    """The JSON text of TCB info version 3 for TDX, with one level that the simulated platform meets."""
-    level: dict[str, Any] = {
-        "tcb": {
-            "sgxtcbcomponents": [{"svn": svn} for svn in CPU_SVN],
-            "pcesvn": PCE_SVN,
-            # The second TDX component is the module's major version: it is matched by tdxModuleIdentities.
-            "tdxtcbcomponents": [{"svn": 0 if i == 1 else svn} for i, svn in enumerate(TEE_TCB_SVN)],
-        },
-        "tcbDate": _rfc3339(now),
-        "tcbStatus": status,
-    }
+def tcb_info(
+    *, fmspc: bytes, now: int, status: str = "UpToDate", advisories: tuple[str, ...] = (), tee: str = "tdx"
+) -> str:
+    """The JSON text of TCB info version 3 for TDX or SGX, with one level that the simulated platform meets."""
+    tcb: dict[str, Any] = {"sgxtcbcomponents": [{"svn": svn} for svn in CPU_SVN], "pcesvn": PCE_SVN}
+    level: dict[str, Any] = {"tcb": tcb, "tcbDate": _rfc3339(now), "tcbStatus": status}
     if advisories:
         level["advisoryIDs"] = list(advisories)
+    info: dict[str, Any] = {
+        "id": tee.upper(),
+        "version": 3,
+        "issueDate": _rfc3339(now),
+        "nextUpdate": _rfc3339(now + COLLATERAL_D * 86400),
+        "fmspc": fmspc.hex().upper(),
+        "pceId": PCE_ID.hex(),
+        "tcbType": 0,
+        "tcbEvaluationDataNumber": TCB_EVALUATION_NUMBER,
+        "tcbLevels": [level],
+    }
+    if tee == "sgx":
+        return _compact(info)
+    # The second TDX component is the module's major version: it is matched by tdxModuleIdentities.
+    tcb["tdxtcbcomponents"] = [{"svn": 0 if i == 1 else svn} for i, svn in enumerate(TEE_TCB_SVN)]
     module = {"mrsigner": "00" * 48, "attributes": "00" * 8, "attributesMask": "FF" * 8}
     module_level = {"tcb": {"isvsvn": 1}, "tcbDate": _rfc3339(now), "tcbStatus": "UpToDate"}
-    return _compact(
-        {
-            "id": "TDX",
-            "version": 3,
-            "issueDate": _rfc3339(now),
-            "nextUpdate": _rfc3339(now + COLLATERAL_D * 86400),
-            "fmspc": fmspc.hex().upper(),
-            "pceId": PCE_ID.hex(),
-            "tcbType": 0,
-            "tcbEvaluationDataNumber": TCB_EVALUATION_NUMBER,
-            "tdxModule": module,
-            "tdxModuleIdentities": [{"id": "TDX_01", **module, "tcbLevels": [module_level]}],
-            "tcbLevels": [level],
-        }
-    )
+    identities = [{"id": "TDX_01", **module, "tcbLevels": [module_level]}]
+    return _compact({**info, "tdxModule": module, "tdxModuleIdentities": identities})
 
 
-def qe_identity(*, now: int) -> str:
-    """The JSON text of the identity (version 2) of the simulated TD quoting enclave."""
+def qe_identity(*, now: int, tee: str = "tdx") -> str:
+    """The JSON text of the identity (version 2) of the simulated quoting enclave, for TDX or SGX."""
     return _compact(
         {
-            "id": "TD_QE",
+            "id": "TD_QE" if tee == "tdx" else "QE",
             "version": 2,
             "issueDate": _rfc3339(now),
             "nextUpdate": _rfc3339(now + COLLATERAL_D * 86400),
@@ -166,7 +163,7 @@ def qe_identity(*, now: int) -> str:
             "attributes": QE_ATTRIBUTES_VALUE,
             "attributesMask": QE_ATTRIBUTES_MASK,
             "mrsigner": QE_MR_SIGNER.hex().upper(),
-            "isvprodid": QE_PROD_ID,
+            "isvprodid": QE_PROD_ID if tee == "tdx" else SGX_QE_PROD_ID,
             "tcbLevels": [{"tcb": {"isvsvn": QE_SVN}, "tcbDate": _rfc3339(now), "tcbStatus": "UpToDate"}],
         }
     )

@@ -7,10 +7,8 @@ policy that names this root and says `allow_simulated = true` accepts it.
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import json
-import os
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +18,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from cloister._files import write_whole
 from cloister.attest._simulated import intel_pki as pki
 from cloister.attest._simulated import tdquote
-from cloister.errors import AttestationError
+from cloister.errors import AttestationError, StoreError
 from cloister.wire import pack
 
 PROVISION_KIND = "attest.provision"
 _STATE_FILE = "root.json"
-_COLLATERAL_FILE = "collateral.json"
+_COLLATERAL_FILES = {"tdx": "collateral.json", "sgx": "collateral-sgx.json"}
 _NAMES = {
     "root": "SIMULATED SGX Root CA",
     "platform": "SIMULATED SGX PCK Platform CA",
@@ -105,17 +104,21 @@ class SimulatedRoot:
         """Lower-case hex SHA-256 of `root_der`: what a policy pins."""
         return hashlib.sha256(self.root_der).hexdigest()
 
-    def refresh(self, now: int, *, status: str = "UpToDate", advisories: tuple[str, ...] = ()) -> None:
+    def refresh(
+        self, now: int, *, status: str = "UpToDate", advisories: tuple[str, ...] = (), tee: str = "tdx"
+    ) -> None:
         """Issue CRLs, TCB info and QE identity anew, valid from `now` for 30 days.
 
         Args:
             now: Unix seconds.
             status: what the TCB info says of the platform; anything but "UpToDate" plays an unpatched one.
             advisories: advisory names that the TCB info attaches.
+            tee: "tdx" or "sgx"; each has collateral of its own.
         """
         keys, certificates = self._state.keys, self._state.certificates
-        tcb_info = pki.tcb_info(fmspc=self._state.values["fmspc"], now=now, status=status, advisories=advisories)
-        qe_identity = pki.qe_identity(now=now)
+        fmspc = self._state.values["fmspc"]
+        tcb_info = pki.tcb_info(fmspc=fmspc, now=now, status=status, advisories=advisories, tee=tee)
+        qe_identity = pki.qe_identity(now=now, tee=tee)
         signing_chain = pki.pem(certificates["tcb"], certificates["root"])
         collateral = {
             "pck_crl_issuer_chain": pki.pem(certificates["platform"], certificates["root"]),
@@ -128,7 +131,7 @@ class SimulatedRoot:
             "qe_identity": qe_identity,
             "qe_identity_signature": pki.sign_raw(keys["tcb"], qe_identity.encode()).hex(),
         }
-        _write_private(self._folder / _COLLATERAL_FILE, json.dumps(collateral).encode())
+        _write_private(self._folder / _COLLATERAL_FILES[tee], json.dumps(collateral).encode())
 
     def revoke_platform(self, now: int) -> None:
         """Issue a CRL that revokes the platform's PCK certificate: what a vendor does after a key was extracted."""
@@ -136,17 +139,17 @@ class SimulatedRoot:
         serial = self._state.certificates["pck"].serial_number
         crl = pki.issue_crl(_NAMES["platform"], self._state.keys["platform"], now=now, revoked=(serial,))
         collateral["pck_crl"] = crl.hex()
-        _write_private(self._folder / _COLLATERAL_FILE, json.dumps(collateral).encode())
+        _write_private(self._folder / _COLLATERAL_FILES["tdx"], json.dumps(collateral).encode())
 
-    def collateral_json(self) -> bytes:
+    def collateral_json(self, *, tee: str = "tdx") -> bytes:
         """The collateral last issued, as `dcap_qvl` reads it. Public."""
-        path = self._folder / _COLLATERAL_FILE
+        path = self._folder / _COLLATERAL_FILES[tee]
         try:
             return path.read_bytes()
         except OSError as error:
             raise AttestationError(f"cannot read {path}: {error.strerror}", hint="refresh the collateral") from None
 
-    def provision(self) -> bytes:
+    def provision(self, *, tee: str = "tdx") -> bytes:
         """What an enclave process needs to attest. SECRET: hand it over a pipe, after the process has hardened itself.
 
         Each call certifies a new attestation key. The PCK key and the CA keys stay in the folder; the fuse key, from
@@ -161,7 +164,7 @@ class SimulatedRoot:
             attributes=pki.QE_ATTRIBUTES,
             mr_enclave=pki.QE_MR_ENCLAVE,
             mr_signer=pki.QE_MR_SIGNER,
-            prod_id=pki.QE_PROD_ID,
+            prod_id=pki.QE_PROD_ID if tee == "tdx" else pki.SGX_QE_PROD_ID,
             svn=pki.QE_SVN,
             report_data=bound,
         )
@@ -173,7 +176,7 @@ class SimulatedRoot:
             "qe_id": hashlib.sha256(values["ppid"]).digest()[:16],
             "pck_chain": pki.pem(certificates["pck"], certificates["platform"], certificates["root"]).encode(),
             "fuse_key": values["fuse_key"],
-            "collateral": self.collateral_json(),
+            "collateral": self.collateral_json(tee=tee),
         }
         return pack(PROVISION_KIND, body)
 
@@ -239,17 +242,10 @@ def _load_state(blob: bytes) -> _State:
 
 def _write_private(path: Path, content: bytes) -> None:
     """Write `content` for the owner only; a reader sees the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise AttestationError(f"cannot write {path}: {error.strerror}") from None
+    except StoreError as error:
+        raise AttestationError(f"cannot write a simulated root: {error.cause}", hint=error.hint) from None

@@ -22,11 +22,15 @@ _LIMITS = (
 _SIMULATED_LIMITS = ("not proven: anything against whoever holds the simulated root's folder; this is no TEE",)
 
 
-def verify_tdx(evidence: Evidence, policy: Policy, *, role: str, now: int) -> Proven:
+def verify_tdx(
+    evidence: Evidence, policy: Policy, *, role: str, now: int, required: tuple[str, ...] = TDX_REQUIRED
+) -> Proven:
     """Prove what a TDX quote states, under a root that the policy pins, and judge it by [tdx] and the role's registers.
 
     Success means what `verify_dcap` says, for a TDX 1.0 trust domain. The caller must still refuse when the result has
     findings, and compare the report data.
+
+    `required` are the registers that the policy must name; fewer where other evidence measures the rest (azure.py).
 
     Raises:
         MalformedEvidenceError: quote or collateral do not parse, or the quote is not of TDX 1.0.
@@ -35,7 +39,7 @@ def verify_tdx(evidence: Evidence, policy: Policy, *, role: str, now: int) -> Pr
     proof = verify_dcap(evidence, policy, policy.tdx.platform, now=now)
     claims = _claims(evidence.type, proof)
     _check_attributes(claims, policy, proof.findings)
-    check_registers(claims, policy.registers_for(role, "tdx"), proof.findings, role=role, required=TDX_REQUIRED)
+    check_registers(claims, policy.registers_for(role, "tdx"), proof.findings, role=role, required=required)
     return Proven(claims, proof.findings, _SIMULATED_LIMITS if proof.simulated else _LIMITS)
 
 
