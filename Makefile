@@ -4,15 +4,17 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: quickstart test check format bench bench-report lock clean
+.PHONY: quickstart test check check-refusals fuzz format bench bench-report lock clean
 .DEFAULT_GOAL := quickstart
 
 PIN    := --constraint constraints.txt --constraint constraints-dev.txt
 
+# The TPM bindings compile against Debian's libtss2-dev; where that is missing, their tests skip with a reason.
 $(STAMP): pyproject.toml constraints.txt constraints-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIN) torch
 	$(BIN)/python -m pip install --quiet $(PIN) --editable ".[dev,quickstart]"
+	if pkg-config --exists tss2-esys 2>/dev/null; then $(BIN)/python -m pip install --quiet $(PIN) tpm2-pytss; fi
 	touch $@
 
 quickstart: $(STAMP)  ## three hospitals tune one medical coder together; about two minutes
@@ -30,6 +32,12 @@ check: $(STAMP)  ## style, types, import floors
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+check-refusals: $(STAMP)  ## remove each check of the trusted packages in turn: its test must notice; minutes
+	$(BIN)/python tests/refusals/remove_checks.py
+
+fuzz: $(STAMP)  ## a million cases over every parser of bytes from outside; minutes
+	$(BIN)/python -m tests.fuzz.parsers
 
 bench: $(STAMP)  ## every figure in README and docs; writes bench/results/*.csv
 	for script in bench/[a-z]*.py; do [ $$script = bench/report.py ] && continue; $(BIN)/python $$script || exit 1; done

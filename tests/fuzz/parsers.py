@@ -21,7 +21,6 @@ from typing import Any
 
 from cloister.errors import CloisterError
 
-NOW = 1_800_000_000
 _LENGTHS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF_FFFF, 0xFFFF_FFFF)
 
 
@@ -87,7 +86,10 @@ def fuzz(targets: Sequence[Target], *, cases: int, seed: int = 0) -> Iterator[tu
 
 def all_targets(folder: Path) -> list[Target]:
     """Every parser, with honest inputs made here. `folder` is for the simulated root."""
-    return [*_wire_targets(), *_channel_targets(), *_attest_targets(folder), *_train_targets()]
+    from tests.fuzz.evidence import attest_targets
+
+    honest = [Target(*found) for found in attest_targets(folder)]
+    return [*_wire_targets(), *_channel_targets(), *honest, *_train_targets()]
 
 
 def _wire_targets() -> list[Target]:
@@ -176,25 +178,6 @@ def _flight2(data: bytes) -> bytes:
     server = _server()
     server.flight1()
     return server.flight3(data)
-
-
-def _attest_targets(folder: Path) -> list[Target]:
-    from cloister.attest import Policy, SimulatedAttester, SimulatedRoot, render_policy, verify_evidence
-    from cloister.wire import Evidence
-
-    root = SimulatedRoot.create(folder / "root", now=NOW)
-    text = render_policy(root_sha256=root.root_sha256, server_rtmr3=[b"r" * 48])
-    policy = Policy.parse(text)
-    honest = SimulatedAttester(root.provision(), rtmr3=b"r" * 48).evidence(bytes(64))
-
-    def verify(evidence: Evidence) -> object:
-        return verify_evidence(evidence, policy, role="server", report_data=bytes(64), now=NOW)
-
-    return [
-        Target("attest.Policy", Policy.parse, [text], 2),
-        Target("attest: quote", lambda data: verify(Evidence("simulated", data, honest.aux)), [honest.blob], 4),
-        Target("attest: collateral", lambda data: verify(Evidence("simulated", honest.blob, data)), [honest.aux], 4),
-    ]
 
 
 def _train_targets() -> list[Target]:
