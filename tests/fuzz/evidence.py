@@ -114,5 +114,11 @@ def attest_targets(folder: Path) -> list[Found]:
             [gpu.blob],
             _DEAR,
         ),
+        (
+            "attest: gpu aux",
+            lambda data: verify(pack_composite(tdx, [Evidence(gpu.type, gpu.blob, data)])),
+            [gpu.aux],
+            _DEAR,
+        ),
     ]
     return found

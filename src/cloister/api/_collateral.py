@@ -56,7 +56,7 @@ def fetch_for_snp_report(
         chain = _get(client, f"{url.rstrip('/')}/{paths.chain}")
     try:
         issuers = [part.public_bytes(serialization.Encoding.DER) for part in x509.load_pem_x509_certificates(chain)]
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         issuers = []
     # The leaf is taken as it came: its serial number is 0, which a parser may refuse. The verifier can read it.
     if len(issuers) != _N_ISSUERS or not leaf.startswith(_DER_SEQUENCE):

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+from cloister.attest._certificates import PARSE_ERRORS
 from cloister.attest._policy import EVIDENCE_TYPES, POLICY_VERSION, SIMULATED_TYPES, Policy
 from cloister.attest._policy_init_sections import CHOICES, Choice, Lines, quoted, section_text
 from cloister.attest._policy_rules import SNP_PRODUCTS, TCB_STATUSES
@@ -137,7 +138,7 @@ def _own_roots(evidence: Evidence) -> tuple[list[str], list[str]]:
     for pem in _PEM.findall(text)[:_MAX_CERTIFICATES]:
         try:
             certificate = x509.load_pem_x509_certificate(pem.encode("latin-1"))
-        except ValueError:
+        except PARSE_ERRORS:
             continue  # the verifier says what is wrong with it
         if certificate.issuer == certificate.subject:
             found.add(hashlib.sha256(certificate.public_bytes(serialization.Encoding.DER)).hexdigest())

@@ -83,7 +83,7 @@ test = "data/hospital-b/test.jsonl"
 # port = 9092                       # a free one if left out
 
 [enclave]
-# backend = "simulated"             # protects from other users, not from root: no TEE. Others: `cloister doctor`, docs/job.md
+# backend = "simulated"             # no TEE: protects from other users, not root. Others: docs/job.md
 # memory_budget_bytes = 2147483648
 
 [release]

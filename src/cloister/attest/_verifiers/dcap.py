@@ -12,6 +12,7 @@ import dcap_qvl  # pyright: ignore[reportMissingTypeStubs]  # its stubs are on a
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+from cloister.attest._certificates import PARSE_ERRORS
 from cloister.attest._finding import Findings
 from cloister.attest._policy import Policy
 from cloister.attest._policy_rules import DcapRules
@@ -27,17 +28,18 @@ from cloister.wire import Evidence
 
 # dcap_qvl 0.7 has one exception type. Its messages only choose the class of our refusal, never whether we refuse.
 _ERROR_CLASSES = (
-    ("CrlExpired", StaleEvidenceError),
-    ("CertExpired", StaleEvidenceError),
-    ("TCBInfo expired", StaleEvidenceError),
-    ("QE Identity expired", StaleEvidenceError),
-    ("issue date is in the future", StaleEvidenceError),
-    ("Debug mode is enabled", PolicyRejectedError),
-    ("Reserved bits in TD attributes", PolicyRejectedError),
-    ("SEPT_VE_DISABLE", PolicyRejectedError),
-    ("TCB status is invalid", PolicyRejectedError),
-    ("No matching TCB level", PolicyRejectedError),
-    ("Failed to decode quote", MalformedEvidenceError),
+    ("CrlExpired", StaleEvidenceError, "a revocation list of the collateral has expired"),
+    ("CertExpired", StaleEvidenceError, "a certificate of the collateral has expired"),
+    ("CertNotValidYet", StaleEvidenceError, "a certificate of the collateral is not valid yet"),
+    ("TCBInfo expired", StaleEvidenceError, "the TCBInfo of the collateral has expired"),
+    ("QE Identity expired", StaleEvidenceError, "the QE Identity of the collateral has expired"),
+    ("issue date is in the future", StaleEvidenceError, ""),
+    ("Debug mode is enabled", PolicyRejectedError, ""),
+    ("Reserved bits in TD attributes", PolicyRejectedError, ""),
+    ("SEPT_VE_DISABLE", PolicyRejectedError, ""),
+    ("TCB status is invalid", PolicyRejectedError, ""),
+    ("No matching TCB level", PolicyRejectedError, ""),
+    ("Failed to decode quote", MalformedEvidenceError, ""),
 )
 
 
@@ -141,7 +143,7 @@ def _root_of(collateral: dcap_qvl.QuoteCollateralV3) -> bytes:
     """The certificate that the collateral says is its root. Proves nothing until it is compared with a pin."""
     try:
         chain = x509.load_pem_x509_certificates(collateral.tcb_info_issuer_chain.encode())
-    except ValueError:
+    except PARSE_ERRORS:
         raise MalformedEvidenceError("the collateral's certificate chain does not parse") from None
     return chain[-1].public_bytes(serialization.Encoding.DER)
 
@@ -179,9 +181,9 @@ def _strict(rules: DcapRules, at: int) -> dcap_qvl.QuotePolicy:
 
 def _refusal(message: str, collateral: dcap_qvl.QuoteCollateralV3, at: int) -> AttestationError:
     """The right class for a failed verification; that it is refused is decided already."""
-    for words, error in _ERROR_CLASSES:
+    for words, error, sentence in _ERROR_CLASSES:
         if words in message:
-            return error(_plain(message))
+            return error(sentence or _plain(message))
     # For the PCK's own revocation list the library only says that the chain failed.
     if _is_expired_list(collateral.pck_crl, at):
         return StaleEvidenceError("the revocation list of the platform's certificates has expired")
@@ -191,7 +193,7 @@ def _refusal(message: str, collateral: dcap_qvl.QuoteCollateralV3, at: int) -> A
 def _is_expired_list(der: bytes, at: int) -> bool:
     try:
         expires = x509.load_der_x509_crl(der).next_update_utc
-    except ValueError:
+    except PARSE_ERRORS:
         return False
     return expires is not None and expires.timestamp() <= at
 

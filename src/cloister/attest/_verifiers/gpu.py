@@ -13,6 +13,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, utils
 
+from cloister.attest._certificates import PARSE_ERRORS
 from cloister.attest._finding import Findings, Proven
 from cloister.attest._policy import Policy
 from cloister.attest._types import Claims
@@ -104,7 +105,7 @@ def _parse_chain(aux: bytes) -> list[x509.Certificate]:
         raise MalformedEvidenceError(f"the GPU's certificates are over the limit of {_MAX_CHAIN_BYTES} bytes")
     try:
         chain = x509.load_pem_x509_certificates(aux)
-    except ValueError:
+    except PARSE_ERRORS:
         raise MalformedEvidenceError("the GPU's certificates do not parse") from None
     if not _MIN_CHAIN <= len(chain) <= _MAX_CHAIN:
         text = f"the GPU's chain has {len(chain)} certificates, not {_MIN_CHAIN} to {_MAX_CHAIN}"

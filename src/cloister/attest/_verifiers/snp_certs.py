@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA384
 
+from cloister.attest._certificates import PARSE_ERRORS
 from cloister.attest._policy_rules import SNP_PRODUCTS
 from cloister.attest._verifiers.dcap import utc
 from cloister.attest._verifiers.snp_aux import SnpCollateral
@@ -39,17 +40,6 @@ _TURIN_ID_BYTES = 8
 # How a certificate of up to 64 KiB starts when its serial number is 0: two lengths of two bytes, version 3, integer 0.
 _ZERO_SERIAL = bytes.fromhex("a003020102020100")
 _ZERO_SERIAL_AT = 8
-
-# A program that turns warnings into errors gets a refusal like any other.
-_PARSE_ERRORS = (
-    ValueError,
-    TypeError,
-    OverflowError,
-    UnsupportedAlgorithm,
-    x509.DuplicateExtension,
-    x509.InvalidVersion,
-    Warning,
-)
 
 
 @dataclass(frozen=True)
@@ -135,7 +125,7 @@ def load_certificate(der: bytes, what: str) -> Certificate:
             signed=_signed_part(der),
             signature=certificate.signature,
         )
-    except _PARSE_ERRORS:
+    except PARSE_ERRORS:
         raise MalformedEvidenceError(f"the {what} certificate does not parse") from None
 
 
@@ -246,7 +236,7 @@ def _check_crl(
         expires = next_update.timestamp() if next_update else issued
         revoked = {entry.serial_number for entry in crl}
         issuer, signature, signed = crl.issuer, crl.signature, _signed_part(der)
-    except _PARSE_ERRORS:
+    except PARSE_ERRORS:
         raise MalformedEvidenceError("the revocation list does not parse") from None
     if issuer != ark.subject:
         raise EvidenceSignatureError("the revocation list is of another root")
