@@ -297,7 +297,7 @@ def test_expired_collateral(world):
 @pytest.mark.parametrize(("statement", "name"), [("tcb_info", "TCBInfo"), ("qe_identity", "QE Identity")])
 def test_one_expired_statement(world, statement, name):
     evidence = world.resigned(world.evidence(), statement, nextUpdate=_simulated_pki._rfc3339(world.now - 1))
-    with pytest.raises(StaleEvidenceError, match=f"{name} expired"):
+    with pytest.raises(StaleEvidenceError, match=f"the {name} of the collateral has expired"):
         world.verify(evidence)
 
 
