@@ -1,8 +1,8 @@
 """Every frozen channel vector through both implementations: cloister's, and the slow one that follows spec/wire.md.
 
-One JSON file is one case: `expect` is "ok" or the class of `cloister.errors` that the receiver raises. A file with `base`
-changes one flight of that file's handshake. cloister cannot be given random values, so tests put their own in place of
-its modules' names.
+One JSON file is one case: `expect` is "ok" or the class of `cloister.errors` that the receiver raises. A file with
+`base` changes one flight of that file's handshake. cloister cannot be given random values, so tests put their own in
+place of its modules' names.
 """
 
 from __future__ import annotations

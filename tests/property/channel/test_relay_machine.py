@@ -206,7 +206,7 @@ class RelayMachine(RuleBasedStateMachine):
         blob = self._poll(name)
         first = self._to_client(name, blob)
         again = self._to_client(name, blob)
-        assert first == again or wire.Envelope.parse(again).kind == "error"
+        assert first == again or "error" in (wire.Envelope.parse(first).kind, wire.Envelope.parse(again).kind)
         self._to_server(name, first)
         self._to_server(name, again)
 
@@ -274,8 +274,7 @@ class RelayMachine(RuleBasedStateMachine):
         if not peer.failed:
             done = any(self._exchange(name) or peer.failed for _ in range(2 * MAX_STRIKES + 2))
             assert done and peer.failed, "neither an answer nor an error under different policies"
-            assert issubclass(error_for_code(peer.failed), CloisterError)
-            assert peer.failed in ("channel.decryption", "attest.policy", "channel.no-session")
+            assert error_for_code(peer.failed) is not CloisterError
 
     def _heal(self, name: str) -> None:
         if self.of_server[name] != self.of_client[name]:
@@ -286,7 +285,8 @@ class RelayMachine(RuleBasedStateMachine):
         """An answer. What the relay did before may first end the peer, with a clear error; a fresh one must succeed."""
         for _ in range(2):
             peer, link = self.peers[name], self.clients[name]._link
-            was_hurt = peer.failed or peer._strikes or link._n_unanswered
+            had_failed = peer.failed
+            was_hurt = had_failed or peer._strikes or link._n_unanswered
             if (
                 not peer.failed
                 and any(self._exchange(name) or peer.failed for _ in range(2 * MAX_STRIKES + 2))
@@ -295,7 +295,8 @@ class RelayMachine(RuleBasedStateMachine):
                 return
             assert peer.failed, "neither progress nor an error"
             assert was_hurt, f"an honest relay, and still {peer.failed}"
-            assert error_for_code(peer.failed) is not CloisterError or peer.failed == "nonsense"
+            # One that had failed before may carry any code that the relay made up: error envelopes are unauthenticated.
+            assert had_failed or error_for_code(peer.failed) is not CloisterError
             self._start_peer(name)
         raise AssertionError("no progress with an honest relay")
 
@@ -311,7 +312,7 @@ TestRelay = RelayMachine.TestCase
 TestRelay.settings = settings(
     deadline=None,
     derandomize=True,
-    max_examples=40,
+    max_examples=100,
     stateful_step_count=40,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

@@ -357,7 +357,6 @@ def test_questions_under_a_changed_policy_are_refused_by_name(world: World, desk
     questioner = _questioner(world, desk)
     questioner.connect()
     before = world.policy_path.read_bytes()
-    desk._new_peer = lambda _name, peer=world.new_peer: peer()
     world.change_policy()
     text = world.policy_path.read_bytes()
 
