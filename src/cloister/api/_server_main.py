@@ -99,6 +99,7 @@ def _settings(job: Job, folder: RunFolder) -> BackendSettings:
         td_quote=Path(given.td_quote) if given.td_quote else None,
         tcti=given.tcti,
         state_dir=folder.server,
+        counter_index=given.counter_index,
         gpu=given.gpu,
         sealing=given.sealing,
     )

@@ -39,6 +39,7 @@ class BackendSettings:
         td_quote: a file with the quote of a TDX machine (azure).
         tcti: how to reach the TPM (vtpm, azure), as tpm2-tss names it.
         state_dir: a folder for sealed blobs (vtpm, azure).
+        counter_index: NV index of a TPM counter that this run alone uses, against roll-back (vtpm, azure).
         gpu: evidence of the GPUs goes along.
         sealing: "platform", or "ephemeral": sealed files do not outlive the process.
     """
@@ -47,6 +48,7 @@ class BackendSettings:
     td_quote: Path | None = None
     tcti: str = DEFAULT_TCTI
     state_dir: Path | None = None
+    counter_index: int | None = None
     gpu: bool = False
     sealing: str = "platform"
 
@@ -117,6 +119,9 @@ class EphemeralSealing:
         """32 secret bytes from the CSPRNG, the same for the same label while the process lives."""
         return self._keys.setdefault(label, secrets.token_bytes(SEALING_BYTES))
 
+    def counter(self) -> None:
+        """None: there is no older sealed file that would open."""
+
     def claims(self) -> dict[str, Any]:
         """Those of the attester, and that its sealing is ephemeral."""
         return {**self._attester.claims(), "sealing": "ephemeral"}
@@ -183,7 +188,13 @@ def _vtpm(settings: BackendSettings) -> Backend:
     port = DeviceTpm(settings.tcti)  # a connection that is open before hardening stays usable
 
     def start(measured: Measured) -> Attester:
-        return VtpmAttester(settings.tcti, events=measured.events, folder=settings.state_dir, port=port)
+        return VtpmAttester(
+            settings.tcti,
+            events=measured.events,
+            folder=settings.state_dir,
+            counter_index=settings.counter_index,
+            port=port,
+        )
 
     return Backend("vtpm", start)
 
@@ -197,6 +208,7 @@ def _azure(settings: BackendSettings) -> Backend:
             td_quote=settings.td_quote,
             events=measured.events,
             folder=settings.state_dir,
+            counter_index=settings.counter_index,
             port=port,
         )
 

@@ -27,6 +27,18 @@ HARDENING_LAYERS = (
 )
 
 
+class MonotonicCounter(Protocol):
+    """A number that only grows, kept where the host of sealed files cannot turn it back."""
+
+    def value(self) -> int:
+        """The highest number that was ever advanced to; 0 at first."""
+        ...
+
+    def advance(self, to: int) -> None:
+        """Raise the number to `to`, durably; a number that is not higher changes nothing."""
+        ...
+
+
 class Attester(Protocol):
     """What runs inside an enclave and vouches for it: one implementation per TEE type."""
 
@@ -46,6 +58,10 @@ class Attester(Protocol):
 
     def sealing_key(self, label: str) -> bytes:
         """A secret of 32 bytes that only the same code, job and platform derive again."""
+        ...
+
+    def counter(self) -> MonotonicCounter | None:
+        """What tells the newest sealed file from an older one; None where the platform counts nothing."""
         ...
 
     def claims(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ give: keys are dropped and overwritten where possible, copies made by the interp
 from __future__ import annotations
 
 from cloister.channel._chunked import ciphertext_size, decrypt_chunked, encrypt_chunked, plaintext_size
-from cloister.channel._counter import CountedFile, Counter
+from cloister.channel._counter import CountedFile, Counter, Uncounted
 from cloister.channel._handshake import MAX_FLIGHT_BYTES, ClientHandshake, ServerHandshake
 from cloister.channel._kdf import SUITE_ID, V, derive_key
 from cloister.channel._proof import (
@@ -47,6 +47,7 @@ __all__ = [
     "ServerHandshake",
     "Session",
     "SessionContext",
+    "Uncounted",
     "V",
     "VerifiedNode",
     "ciphertext_size",

@@ -115,23 +115,25 @@ def allocate(n_bytes: int) -> BytesIO:
     return buffer
 
 
-def encrypt_chunked(key: bytes, plaintext: Blob, context: bytes) -> bytes:
+def encrypt_chunked(key: bytes, plaintext: Blob, context: bytes, *, prefix: bytes = b"") -> bytes:
     """Encrypt `plaintext` under `key`, bound to `context`. The result is *public*: anyone may carry or store it.
 
     Args:
         key: *secret*, 32 bytes; any number of plaintexts, each gets a fresh salt.
         plaintext: *secret*, any length.
         context: *public*; the opener must give the same. Not part of the result.
+        prefix: *public*; put before the ciphertext, unencrypted, so that a frame needs no copy of a large record.
 
     Raises:
         ChannelError: the key is not of 32 bytes.
     """
     cipher = ChunkCipher.for_sealing(key, context)
     view = memoryview(plaintext).cast("B")
-    buffer = allocate(ciphertext_size(len(view)))
+    head = prefix + cipher.header
+    buffer = allocate(len(prefix) + ciphertext_size(len(view)))
     with buffer.getbuffer() as out:
-        out[:HEADER_BYTES] = cipher.header
-        cipher.seal_into(0, view, out[HEADER_BYTES:])
+        out[: len(head)] = head
+        cipher.seal_into(0, view, out[len(head) :])
     return buffer.getvalue()
 
 

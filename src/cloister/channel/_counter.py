@@ -26,6 +26,21 @@ class Counter(Protocol):
         ...
 
 
+class Uncounted:
+    """Where nothing outside of the disk counts: versions still grow, and an older file is not told from the newest."""
+
+    def __init__(self) -> None:
+        self._seen = 0
+
+    def value(self) -> int:
+        """The highest version that this process has seen; 0 at first."""
+        return self._seen
+
+    def advance(self, to: int) -> None:
+        """Remember `to`, for this process only."""
+        self._seen = max(self._seen, to)
+
+
 class CountedFile:
     """One sealed file and the counter that says which version of it is the newest.
 

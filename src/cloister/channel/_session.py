@@ -157,9 +157,10 @@ class Session:
         with self._lock:
             self._check_alive()
             prefix = self._out.seq.to_bytes(_SEQ_BYTES, "big") + wire.enc(clear)
-            sealed = encrypt_chunked(self._out.message_key(), plaintext, self._context(self._out, clear))
+            context = self._context(self._out, clear)
+            record = encrypt_chunked(self._out.message_key(), plaintext, context, prefix=prefix)
             self._out.advance()
-        return b"".join((prefix, sealed))
+        return record
 
     def open(self, record: Blob) -> tuple[wire.Header, bytes]:
         """Open the peer's next record into its header and plaintext (*secret*).

@@ -186,6 +186,7 @@ class EnclaveConfig(_Section):
     collateral: Text | None = None
     td_quote: Text | None = None
     tcti: Text = "device:/dev/tpmrm0"
+    counter_index: Annotated[Int, Field(ge=0x0180_0000, lt=0x01C0_0000)] | None = None
     gpu: Bool = False
     sealing: Literal["platform", "ephemeral"] = "platform"
     memory_budget_bytes: Annotated[Int, Field(ge=16 * _MIB)] = 2048 * _MIB

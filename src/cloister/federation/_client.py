@@ -62,6 +62,10 @@ REPORT_FILE = "report.json"
 """What a client keeps of a finished run; also its memory of how far the server has come."""
 
 
+EVIDENCE_FILE, REPORT_DATA_FILE = "server.evidence", "server.report-data"
+"""The server enclave's evidence of the last handshake, and the 64 bytes (hex) that this client expected in it."""
+
+
 class ServerLink:
     """The client's end of the channel to the server enclave: handshake, policy decision, session.
 
@@ -180,6 +184,9 @@ class ServerLink:
             raise NoSessionError(f"the policy {self._policy.source} was changed: shake hands under the new one")
 
     def _verify(self, evidence: Evidence, data: bytes) -> Decision:
+        # Kept before it is judged: a person can look at what was refused, and make a policy of what was not.
+        write_whole(self._plan.work / EVIDENCE_FILE, evidence.to_bytes())
+        write_whole(self._plan.work / REPORT_DATA_FILE, data.hex().encode())
         try:
             decision = self.verify(evidence, data)
         except AttestationError as error:

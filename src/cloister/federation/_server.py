@@ -74,7 +74,8 @@ class ServerRun:
         self._changed = threading.Condition(self._lock)
         self._stop = threading.Event()
         self._courier = ""
-        self._state = RunState.open(plan.work / "state.sealed", attester.sealing_key("run-state"), plan)
+        key, counter = attester.sealing_key("run-state"), attester.counter()
+        self._state = RunState.open(plan.work / "state.sealed", key, plan, counter)
         self._peers = {name: self._new_peer(name) for name in sorted(plan.node_keys)}
         self._finished: set[str] = set()
         self._relay_bytes = 0

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cloister.channel import read_sealed, write_sealed
+from cloister.channel import CountedFile, Counter, Uncounted
 from cloister.errors import DecryptionError, JobMismatchError, MalformedMessageError
 from cloister.wire import Manifest, pack, unpack
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 Phase = Literal["prepare", "train", "evaluate", "finish", "done"]
 _PHASES: tuple[Phase, ...] = ("prepare", "train", "evaluate", "finish", "done")
 _LABEL = "run-state"
-_VERSION = 1
 _OTHER_ENCLAVE_HINT = (
     "it was sealed by an enclave of another measurement: another release of cloister, job, policy, model or machine"
 )
@@ -26,13 +25,13 @@ _MAX_STATE_BYTES = 256 * 1024 * 1024
 class RunState:
     """Phase, manifests, results and report of a run. *Secret* (it holds the keys of the shards); sealed at rest.
 
-    Without a monotonic counter an old sealed file can be put back in its place (docs/limitations.md): the run would
-    then repeat work it had done, never mix in anything of another job, since the file is bound to run and job.
+    With a counter an older file in its place is refused. Without one (docs/limitations.md) the run would repeat work it
+    had done, never mix in anything of another job, since the file is bound to run and job.
     """
 
-    def __init__(self, path: Path, key: bytes, plan: ServerPlan) -> None:
+    def __init__(self, path: Path, key: bytes, plan: ServerPlan, counter: Counter | None = None) -> None:
         self._path = path
-        self._key = key
+        self._file = CountedFile(path, key=key, label=_LABEL, counter=counter or Uncounted())
         self._plan = plan
         self.phase: Phase = "prepare"
         self.manifests: dict[str, Manifest] = {}
@@ -41,19 +40,20 @@ class RunState:
         self.report_evidence = b""
 
     @classmethod
-    def open(cls, path: Path, key: bytes, plan: ServerPlan) -> RunState:
+    def open(cls, path: Path, key: bytes, plan: ServerPlan, counter: Counter | None = None) -> RunState:
         """The saved state, or a fresh one where there is no file.
 
         Raises:
             DecryptionError: sealed by another enclave, measurement or machine.
+            RollbackError: the counter has seen a newer one.
             JobMismatchError: sealed for another run or job.
         """
-        state = cls(path, key, plan)
-        if path.exists():
-            try:
-                _, plaintext = read_sealed(path, key=key, label=_LABEL)
-            except DecryptionError as error:
-                raise DecryptionError(error.cause, hint=_OTHER_ENCLAVE_HINT) from error
+        state = cls(path, key, plan, counter)
+        try:
+            plaintext = state._file.read()
+        except DecryptionError as error:
+            raise DecryptionError(error.cause, hint=_OTHER_ENCLAVE_HINT) from error
+        if plaintext is not None:
             state._load(unpack(plaintext, "run-state", max_bytes=_MAX_STATE_BYTES))
         return state
 
@@ -84,7 +84,7 @@ class RunState:
             "report": self.report,
             "report_evidence": self.report_evidence,
         }
-        write_sealed(self._path, pack("run-state", body), key=self._key, label=_LABEL, version=_VERSION)
+        self._file.write(pack("run-state", body))
 
     def advance(self, phase: Phase) -> None:
         self.phase = phase

@@ -171,7 +171,14 @@ def test_chain_deeper_than_the_device_may_issue(root, gpu):
         verify(root, chain(gpu, leaf, middle, gpu.certificate, root.line, root.certificate))
 
 
-@pytest.mark.parametrize("options", [CertificateOptions(is_authority=True), CertificateOptions(cert_sign=True)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        CertificateOptions(is_authority=True, cert_sign=False, extensions=(FWID,)),
+        CertificateOptions(cert_sign=True, extensions=(FWID,)),
+    ],
+    ids=["an authority whose key is for reports", "a key for certificates without authority"],
+)
 def test_report_signed_with_a_key_for_certificates(root, gpu, options):
     with pytest.raises(EvidenceSignatureError, match="not for signing reports"):
         verify(root, chain(gpu, gpu.issue_leaf(options), gpu.certificate, root.line, root.certificate))

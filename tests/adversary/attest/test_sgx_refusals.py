@@ -16,6 +16,8 @@ from cloister.attest._simulated.sgx_quote import (
     SimulatedEnclave,
     sgx_evidence,
 )
+from cloister.attest._verifiers import sgx as sgx_module
+from cloister.attest._verifiers.dcap import verify_dcap
 from cloister.errors import (
     EvidenceSignatureError,
     MalformedEvidenceError,
@@ -158,6 +160,17 @@ def test_debug_is_refused_even_if_the_quote_library_would_let_it_pass(sgx, monke
     monkeypatch.setitem(verify_module.VERIFIERS, "simulated-sgx", lambda *_, **__: proven)
     with pytest.raises(PolicyRejectedError, match="debug enclave"):
         sgx.verify(evidence, policy)
+
+
+def test_debug_bit_of_a_quote_that_the_library_let_pass(sgx, monkeypatch):
+    def lenient(*args, **kwargs):
+        proof = verify_dcap(*args, **kwargs)
+        proof.found["report"]["SgxEnclave"]["attributes"] = DEBUG_ATTRIBUTES.hex()
+        return proof
+
+    monkeypatch.setattr(sgx_module, "verify_dcap", lenient)
+    with pytest.raises(PolicyRejectedError, match="debug enclave"):
+        sgx.verify()
 
 
 def test_simulated_root_declared_as_sgx(sgx):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import uuid
 from dataclasses import dataclass
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.hashes import SHA384
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from cloister.attest import Policy, verify_evidence
 from cloister.attest._simulated import amd_root
@@ -24,7 +26,7 @@ from cloister.attest._simulated.amd_root import (
     pem_item,
 )
 from cloister.attest._simulated.intel_pki import _der
-from cloister.attest._verifiers.snp_certs import _signed_part
+from cloister.attest._verifiers.snp_certs import _signed_part, load_certificate
 from cloister.errors import (
     EvidenceSignatureError,
     MalformedEvidenceError,
@@ -383,9 +385,10 @@ def test_root_with_a_short_key(milan):
 
 
 def test_signing_key_that_is_no_rsa_key(milan):
-    issuer = milan.root.issue("ask", public_key=ec.generate_private_key(ec.SECP384R1()).public_key())
-    with pytest.raises(EvidenceSignatureError, match="key of the ASK certificate is not RSA"):
-        milan.verify(milan.with_aux(milan.aux(issuer=issuer)))
+    for key in (ec.generate_private_key(ec.SECP384R1()), ed25519.Ed25519PrivateKey.generate()):
+        issuer = milan.root.issue("ask", public_key=key.public_key())
+        with pytest.raises(EvidenceSignatureError, match="key of the ASK certificate is not RSA"):
+            milan.verify(milan.with_aux(milan.aux(issuer=issuer)))
 
 
 def test_signing_key_that_the_root_did_not_sign(milan):
@@ -404,6 +407,22 @@ def test_signing_key_that_is_no_authority(milan):
     issuer = milan.root.issue("ask", is_ca=False)
     with pytest.raises(EvidenceSignatureError, match="ASK certificate must not sign"):
         milan.verify(milan.with_aux(milan.aux(issuer=issuer)))
+
+
+@pytest.mark.parametrize(("may_issue", "may_sign"), [(True, False), (False, True), (True, True)])
+def test_authority_by_half(may_issue, may_sign):
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "SEV-Milan")])
+    start = datetime.datetime.fromtimestamp(NOW, datetime.UTC)
+    usage = x509.KeyUsage(False, False, False, False, False, may_sign, False, False, False)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, start, start + datetime.timedelta(days=1))
+        .add_extension(x509.BasicConstraints(may_issue, None), True)
+        .add_extension(usage, True)
+        .sign(key, SHA384())
+    )
+    loaded = load_certificate(certificate.public_bytes(Encoding.DER), "ASK")
+    assert loaded.is_ca is (may_issue and may_sign)
 
 
 def test_signing_key_of_vleks_for_a_vcek(milan):

@@ -60,11 +60,11 @@ class Ledger:
     arrived: dict[str, set[int]] = field(default_factory=lambda: {name: set() for name in NAMES})
     answered: dict[str, set[int]] = field(default_factory=lambda: {name: set() for name in NAMES})
 
-    def encrypt(self, key: bytes, plaintext: Any, context: bytes) -> bytes:
+    def encrypt(self, key: bytes, plaintext: Any, context: bytes, *, prefix: bytes = b"") -> bytes:
         """In the place of the channel's own: the same, with a look at the key."""
         found = bytes(plaintext)
         assert self.sealed.setdefault(key, found) == found, "two plaintexts under one key"
-        return encrypt_chunked(key, plaintext, context)
+        return encrypt_chunked(key, plaintext, context, prefix=prefix)
 
 
 class NotingClient(_client.ClientRun):

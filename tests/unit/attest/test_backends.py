@@ -73,6 +73,7 @@ def test_ephemeral_sealing_keeps_its_keys_for_the_process_only(root: SimulatedRo
     assert first.sealing_key("a") == first.sealing_key("a")
     assert len({first.sealing_key("a"), first.sealing_key("b"), second.sealing_key("a")}) == 3
     assert first.claims()["sealing"] == "ephemeral"
+    assert first.counter() is None
     assert (first.type, first.binding) == ("simulated", "TDREPORT.REPORTDATA of a SIMULATED quote")
     assert first.evidence(bytes(64)).type == "simulated"
     assert first.sealing_key("a").hex() not in repr(first)

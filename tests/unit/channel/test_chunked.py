@@ -33,6 +33,14 @@ def test_a_key_seals_many_times() -> None:
 
 
 @pytest.mark.parametrize("key", [b"", bytes(31), bytes(33)])
+def test_a_key_of_another_length_opens_nothing(key: bytes) -> None:
+    # Not even what was sealed under it: HKDF would take a key of any length.
+    header = _chunked.ChunkCipher(key, bytes(24), b"").header
+    with pytest.raises(DecryptionError):
+        _chunked.ChunkCipher.for_opening(key, header, b"")
+
+
+@pytest.mark.parametrize("key", [b"", bytes(31), bytes(33)])
 def test_a_key_of_another_length_is_refused(key: bytes) -> None:
     with pytest.raises(ChannelError, match="32 bytes"):
         channel.encrypt_chunked(key, b"", b"")

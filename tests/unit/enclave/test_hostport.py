@@ -200,6 +200,15 @@ def test_broken_frames_end_the_connection_and_the_server_lives_on(server, path, 
     assert call(path, n=1)["n"] == 1
 
 
+def test_a_frame_over_the_limit_is_not_read(monkeypatch):
+    monkeypatch.setattr(_hostport, "MAX_FRAME_BYTES", 1000)
+    near, far = socket.socketpair()
+    with near, far:
+        near.sendall(framed(bytes(1001)))
+        with pytest.raises(LimitExceededError, match="frame of 1001 bytes"):
+            _hostport._read_frame(far, None)
+
+
 def test_several_requests_on_one_connection(server, path):
     request = framed(pack("host.request", {"method": "echo", "body": {}}))
     answer = raw(path, request, request)

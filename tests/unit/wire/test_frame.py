@@ -72,6 +72,7 @@ def test_unpack_wants_its_kind_and_shows_only_a_name() -> None:
         b"CLSU\x01" + cbor2.dumps(["a", {}]),
         b"CLST\x01",
         b"CLST\x01" + cbor2.dumps({}),
+        b"CLST\x01" + cbor2.dumps(1),
         b"CLST\x01" + cbor2.dumps(["a"]),
         b"CLST\x01" + cbor2.dumps(["a", {}, 1]),
         b"CLST\x01" + cbor2.dumps([1, {}]),

@@ -167,6 +167,19 @@ def test_shard_fields_have_their_forms(fields: dict[str, Any]) -> None:
         wire.Manifest.parse(wire.pack("manifest", {**body, "shards": [{**dataclasses.asdict(_ENTRY), **fields}]}))
 
 
+def test_shard_with_a_field_too_many() -> None:
+    body = wire.unpack(_MANIFEST.to_bytes(), "manifest")
+    with pytest.raises(MalformedMessageError, match="exactly the fields"):
+        wire.Manifest.parse(wire.pack("manifest", {**body, "shards": [{**dataclasses.asdict(_ENTRY), "more": 1}]}))
+
+
+def test_number_of_shards_is_limited_before_any_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = wire.unpack(_MANIFEST.to_bytes(), "manifest")
+    monkeypatch.setattr(_messages._limits, "MAX_SHARDS", 1)
+    with pytest.raises(LimitExceededError):
+        wire.Manifest.parse(wire.pack("manifest", {**body, "shards": [1, 2]}))
+
+
 def test_number_of_shards_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     encoded = _MANIFEST.to_bytes()
     monkeypatch.setattr(_messages._limits, "MAX_SHARDS", 1)
@@ -186,6 +199,19 @@ def test_byte_fields_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     wire.FinishRequest(b"", b"", bytes(4))
     with pytest.raises(LimitExceededError):
         wire.FinishRequest(b"", b"", bytes(5))
+
+
+def test_envelope_and_evidence_have_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in ("MAX_ENVELOPE_BYTES", "MAX_EVIDENCE_BLOB_BYTES", "MAX_EVIDENCE_AUX_BYTES"):
+        monkeypatch.setattr(_envelope._limits, limit, 4)
+    wire.Envelope("f1", bytes(4))
+    wire.Evidence("tdx", bytes(4), bytes(4))
+    with pytest.raises(LimitExceededError, match="envelope body"):
+        wire.Envelope("f1", bytes(5))
+    with pytest.raises(LimitExceededError, match="evidence blob"):
+        wire.Evidence("tdx", bytes(5), b"")
+    with pytest.raises(LimitExceededError, match="evidence aux"):
+        wire.Evidence("tdx", b"", bytes(5))
 
 
 def test_limits_leave_room_for_what_they_hold() -> None:

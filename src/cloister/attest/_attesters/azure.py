@@ -48,7 +48,7 @@ class AzureAttester(VtpmAttester):
         events: Sequence[bytes] = (),
         folder: str | Path | None = None,
         sealing_pcrs: Sequence[int] = SEALING_PCRS,
-        counter_index: int = COUNTER_INDEX,
+        counter_index: int | None = COUNTER_INDEX,
         port: TpmPort | None = None,
     ) -> None:
         port = port or DeviceTpm(tcti, key_handle=AK_HANDLE)

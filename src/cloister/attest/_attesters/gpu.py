@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Generator
 from typing import Any, Protocol
 
-from cloister.attest._types import Attester
+from cloister.attest._types import Attester, MonotonicCounter
 from cloister.attest._verifiers.composite import COMPOSITE_TYPE, MAX_GPUS, pack_composite
 from cloister.attest._verifiers.gpu import gpu_nonce
 from cloister.attest._verifiers.gpu_report import NONCE_BYTES, REQUEST_START
@@ -142,6 +142,10 @@ class WithGpuAttester:
     def sealing_key(self, label: str) -> bytes:
         """The CPU's: a GPU derives no keys."""
         return self._cpu.sealing_key(label)
+
+    def counter(self) -> MonotonicCounter | None:
+        """That of the CPU's attester."""
+        return self._cpu.counter()
 
     def claims(self) -> dict[str, Any]:
         """What the CPU's attester would claim, with the GPUs' under "gpus"; unproven, JSON types only."""

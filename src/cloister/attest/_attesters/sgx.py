@@ -88,6 +88,9 @@ class SgxAttester:
         info = enc(_SEALING_LABEL, _SEALING_KIND, label.encode())
         return HKDF(hashes.SHA384(), 32, salt=None, info=info).derive(key)
 
+    def counter(self) -> None:
+        """None: SGX on servers counts nothing any more."""
+
     def claims(self) -> dict[str, Any]:
         """What this attester would claim, unproven; JSON types only."""
         return {"tee": "sgx", "evidence_type": self.type, "simulated": False, "attestation_type": _ATTESTATION_TYPE}

@@ -181,6 +181,9 @@ class SnpAttester:
         info = enc(_SEALING_LABEL, self._register, label.encode())
         return HKDF(hashes.SHA384(), 32, salt=None, info=info).derive(response[_KEY])
 
+    def counter(self) -> None:
+        """None: SNP counts nothing."""
+
     def claims(self) -> dict[str, Any]:
         """What this attester would claim, unproven; JSON types only."""
         return {

@@ -113,6 +113,9 @@ class TdxAttester:
             hint="seal to a vTPM, or have a key broker release the key against this guest's evidence",
         )
 
+    def counter(self) -> None:
+        """None: TDX counts nothing."""
+
     def claims(self) -> dict[str, Any]:
         """What this attester would claim, unproven; JSON types only."""
         return {"tee": "tdx", "evidence_type": self.type, "simulated": False, "rtmr3": self._rtmr3.hex()}

@@ -53,7 +53,7 @@ class VtpmAttester:
         folder: where the sealed secret is kept (public: only this TPM opens it); without one nothing can be sealed.
         algorithm: "ecc" or "rsa" of the attestation key.
         sealing_pcrs: PCRs that sealed secrets are bound to; the run-time PCR must be among them.
-        counter_index: NV index of the counter, for this folder only.
+        counter_index: NV index of the counter, for this folder only; None counts nothing.
         port: in place of a TPM at `tcti`.
 
     Raises:
@@ -71,7 +71,7 @@ class VtpmAttester:
         folder: str | Path | None = None,
         algorithm: str = "ecc",
         sealing_pcrs: Sequence[int] = SEALING_PCRS,
-        counter_index: int = COUNTER_INDEX,
+        counter_index: int | None = COUNTER_INDEX,
         port: TpmPort | None = None,
     ) -> None:
         if RUNTIME_INDEX not in sealing_pcrs:
@@ -125,12 +125,14 @@ class VtpmAttester:
         secret, _ = self._open_secret()
         return HKDF(hashes.SHA384(), 32, salt=None, info=enc(_SEALING_LABEL, label.encode())).derive(secret)
 
-    def counter(self) -> NvCounter:
+    def counter(self) -> NvCounter | None:
         """The counter against roll-back of what this attester's keys seal; it begins at 0 with the sealed secret.
 
         Raises:
             AttestationError: as `sealing_key`.
         """
+        if self._counter_index is None:
+            return None
         _, base = self._open_secret()
         return NvCounter(self._port, self._counter_index, base)
 
@@ -166,7 +168,7 @@ class VtpmAttester:
     def _make_secret(self, path: Path) -> tuple[bytes, int]:
         secret = secrets.token_bytes(_SECRET_BYTES)
         # Sealed along with the secret: whoever deletes the counter and makes it anew cannot make it begin at 0 again.
-        base = self._port.increment_counter(self._counter_index)
+        base = 0 if self._counter_index is None else self._port.increment_counter(self._counter_index)
         sealed = self._port.seal(secret + base.to_bytes(_BASE_BYTES, "big"), self._sealing_pcrs)
         write_whole(path, sealed)
         return secret, base

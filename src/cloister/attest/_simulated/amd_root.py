@@ -254,6 +254,9 @@ class SimulatedSnpAttester:
         info = enc(_SEALING_LABEL, self._registers["measurement"] + self._registers["host_data"], label.encode())
         return HKDF(hashes.SHA384(), 32, salt=None, info=info).derive(self._root.fuse_key)
 
+    def counter(self) -> None:
+        """None: it seals nothing that outlives a test."""
+
     def claims(self) -> dict[str, Any]:
         """What the reports of this attester state; JSON types only."""
         registers = {name: value.hex() for name, value in self._registers.items()}

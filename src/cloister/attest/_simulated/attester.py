@@ -109,6 +109,9 @@ class SimulatedAttester:
         info = enc(_SEALING_LABEL, measured, label.encode())
         return HKDF(hashes.SHA384(), 32, salt=None, info=info).derive(self._secrets["fuse_key"])
 
+    def counter(self) -> None:
+        """None: a software platform has nothing that its host cannot turn back."""
+
     def claims(self) -> dict[str, Any]:
         """What the quotes of this attester state; JSON types only."""
         registers = {name: value.hex() for name, value in self._registers.items()}
