@@ -309,6 +309,7 @@ def spki(key) -> bytes:
         spki(ec.generate_private_key(ec.SECP384R1()).public_key()),
         spki(ed25519.Ed25519PrivateKey.generate().public_key()),
     ],
+    ids=["empty", "text", "short RSA", "P-384", "Ed25519"],
 )
 def test_keys_that_are_not_taken(machine, key):
     policy = machine.policy((machine.attester.ak_sha256, hashlib.sha256(key).hexdigest()))

@@ -85,6 +85,35 @@ def test_gpu_evidence_goes_along_where_it_is_asked_for(root: SimulatedRoot, monk
     assert isinstance(attester, WithGpuAttester)
 
 
+def test_the_cpus_counter_is_that_of_evidence_with_gpus(root: SimulatedRoot):
+    class Counting:
+        def counter(self) -> str:
+            return "the counter"
+
+    assert WithGpuAttester(Counting(), object()).counter() == "the counter"  # type: ignore[arg-type]
+
+
+def test_every_backend_starts_with_what_was_measured_and_what_its_operator_gave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: dict[str, tuple] = {}
+    for name in ("DeviceTpm", "SevGuestDevice"):
+        monkeypatch.setattr(backends, name, lambda *_, name=name, **__: name)
+    for name in ("TdxAttester", "SnpAttester", "SgxAttester", "VtpmAttester", "AzureAttester"):
+        monkeypatch.setattr(backends, name, lambda *args, name=name, **options: seen.update({name: (args, options)}))
+    collateral = tmp_path / "collateral"
+    settings = BackendSettings(collateral=collateral, state_dir=tmp_path, counter_index=0x1800007)
+    own = Measured(EVENTS)
+    for name in ("tdx", "snp", "sgx", "vtpm", "azure"):
+        open_backend(name, settings).start(own)
+    assert seen["TdxAttester"] == ((collateral,), {"events": EVENTS})
+    assert seen["SnpAttester"] == ((collateral,), {"register": own.register, "keys": "SevGuestDevice"})
+    assert seen["SgxAttester"] == ((collateral,), {})
+    sealed = {"events": EVENTS, "folder": tmp_path, "counter_index": 0x1800007, "port": "DeviceTpm"}
+    assert seen["VtpmAttester"][1] == sealed
+    assert seen["AzureAttester"] == ((collateral,), {**sealed, "td_quote": None})
+
+
 def test_a_hardened_process_still_reaches_what_its_backend_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(backends, "DeviceTpm", lambda *_, **__: object())
     monkeypatch.setattr(backends, "SevGuestDevice", lambda: object())

@@ -200,3 +200,18 @@ def test_write_policy(tmp_path):
 def test_write_policy_to_nowhere(tmp_path):
     with pytest.raises(ConfigError, match="cannot write the policy"):
         write_policy(tmp_path / "missing" / "policy.toml", root_sha256=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "words"),
+    [
+        (f'[sgx]\nmr_signer = ["{"ab" * 32}"]', "sgx.prod_id", "every product"),
+        ("[snp.guest_policy]\ndebug = true", "snp.guest_policy.debug", "never accepted"),
+        ('[vtpm]\nak_source = ["software"]', "vtpm.ak_source", "allow_simulated"),
+        ("[snp.min_tcb.milan]\nfmc = 256", "snp.min_tcb.milan.fmc", "from 0 to 255"),
+        ('[gpu]\ncc_mode = ["off"]', "gpu.cc_mode", "not known"),
+        ("[gpu.measurements]\n65 = []", "gpu.measurements.65", "unknown key"),
+    ],
+)
+def test_what_no_policy_can_say(text: str, key: str, words: str):
+    assert words in problems(f"version = 1\n{text}")[key]

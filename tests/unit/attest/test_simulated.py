@@ -12,8 +12,9 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from cloister.attest import HARDENING_LAYERS, Attester, SimulatedAttester, SimulatedRoot
 from cloister.attest._simulated import attester as simulated
 from cloister.attest._simulated import intel_pki as pki
+from cloister.attest._simulated import intel_root
 from cloister.attest._simulated.intel_root import PROVISION_KIND
-from cloister.errors import AttestationError
+from cloister.errors import AttestationError, StoreError
 from cloister.wire import pack, unpack
 
 NOW = 1_800_000_000
@@ -147,6 +148,15 @@ def test_create_where_nothing_can_be_written(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(AttestationError, match="cannot write"):
         SimulatedRoot.create(tmp_path / "file" / "root", now=NOW)
+
+
+def test_a_full_disk_is_told(root, tmp_path, monkeypatch):
+    def full(path, *_):
+        raise StoreError(f"no space left to write {path}", hint="free some")
+
+    monkeypatch.setattr(intel_root, "write_whole", full)
+    with pytest.raises(AttestationError, match="no space left"):
+        SimulatedRoot.create(tmp_path / "full", now=NOW)
 
 
 def test_open_what_is_no_root(tmp_path):

@@ -155,6 +155,13 @@ def test_report_data_of_another_length(ecc_port):
         VtpmAttester(port=ecc_port).evidence(bytes(63))
 
 
+def test_without_an_index_nothing_is_counted(ecc_port, tmp_path):
+    attester = VtpmAttester(port=ecc_port, events=EVENTS, folder=tmp_path, counter_index=None)
+    assert len(attester.sealing_key("a")) == 32
+    assert attester.counter() is None
+    assert not ecc_port.counters
+
+
 def test_sealing_and_counting(ecc_port, tmp_path):
     ecc_port.counters[1] = 40  # another program's counter: ours starts above, and still counts from 0
     attester = VtpmAttester(port=ecc_port, events=EVENTS, folder=tmp_path)
