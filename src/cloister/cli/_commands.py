@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _MAX_FILE_BYTES = 64 * 2**20  # Predictions are asked in one request; a training set given by mistake is refused.
 
+_Asked = str | tuple[str, str]
+
 
 def init(args: argparse.Namespace) -> int:
     """`cloister init`: a commented job file, never over an existing one."""
@@ -69,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
 
 def predict(args: argparse.Namespace) -> int:
     """`cloister predict`: one answer a text, in order."""
-    texts = _read_texts(args.file) if args.file else list(args.texts)
-    empty = next((i for i, text in enumerate(texts, 1) if not text.strip()), None)
+    texts: list[_Asked] = _read_texts(args.file) if args.file else list(args.texts)
+    empty = next((i for i, text in enumerate(texts, 1) if not _first(text).strip()), None)
     if empty is not None:
         raise DataError(f"text {empty} is empty", row=empty, hint="every text needs at least one word")
     from cloister import api
@@ -101,7 +103,7 @@ def _run(job: Path | None, args: argparse.Namespace, *, resume: Path | None, ser
     return 0
 
 
-def _read_texts(name: str) -> list[str]:
+def _read_texts(name: str) -> list[_Asked]:
     path = Path(name)
     try:
         if name == "-":
@@ -120,8 +122,12 @@ def _read_texts(name: str) -> list[str]:
     return [_row_text(name, i, line) for i, line in lines] if path.suffix == ".jsonl" else [line for _, line in lines]
 
 
-def _row_text(name: str, row: int, line: str) -> str:
-    """The text of one JSON row: its `text` or `prompt`."""
+def _first(asked: _Asked) -> str:
+    return asked if isinstance(asked, str) else asked[0]
+
+
+def _row_text(name: str, row: int, line: str) -> _Asked:
+    """The text of one JSON row: its `text` or `prompt`; with a `text_b`, the pair."""
     try:
         value = json.loads(line)
     except ValueError:
@@ -129,12 +135,19 @@ def _row_text(name: str, row: int, line: str) -> str:
     text = (value.get("text") or value.get("prompt")) if isinstance(value, dict) else value
     if not isinstance(text, str):
         raise DataError(f"{name}, row {row}: has no text", path=name, row=row, hint='write {"text": "..."} a line')
-    return text
+    second = value.get("text_b") if isinstance(value, dict) else None
+    if second is None:
+        return text
+    if not isinstance(second, str):
+        raise DataError(f"{name}, row {row}: text_b is no text", path=name, row=row)
+    return text, second
 
 
-def _answer_line(text: str, answer: dict[str, Any], *, as_json: bool) -> str:
+def _answer_line(asked: _Asked, answer: dict[str, Any], *, as_json: bool) -> str:
     if as_json:
-        return json.dumps({"text": text, **answer}, ensure_ascii=False)
+        given = {"text": asked} if isinstance(asked, str) else {"text": asked[0], "text_b": asked[1]}
+        return json.dumps({**given, **answer}, ensure_ascii=False)
+    text = asked if isinstance(asked, str) else " | ".join(asked)
     if "label" in answer:
         return f"{100 * answer['probability']:5.1f} %  {answer['label']}  <- {text}"
     return f"{text}{answer.get('completion', '')}"

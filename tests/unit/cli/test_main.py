@@ -188,6 +188,19 @@ def test_predict_reads_files(asked, tmp_path: Path, capsys):
     assert main(["predict", "--run", "r", "--client", "classifier", "--file", str(tmp_path / "missing.txt")]) == 3
 
 
+def test_predict_reads_pairs(asked, tmp_path: Path, capsys):
+    (tmp_path / "pairs.jsonl").write_text('{"text": "one", "text_b": "two"}\n')
+    argv = ["predict", "--run", "r", "--client", "classifier", "--file", str(tmp_path / "pairs.jsonl")]
+    assert main(argv) == 0
+    assert asked.texts == [("one", "two")]
+    assert capsys.readouterr().out == " 75.0 %  red  <- one | two\n"
+    assert main([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"text": "one", "text_b": "two", **ANSWER}
+    (tmp_path / "pairs.jsonl").write_text('{"text": "one", "text_b": 2}\n')
+    assert main(argv) == 3
+    assert "text_b is no text" in capsys.readouterr().err
+
+
 def test_predict_refuses_an_empty_text(asked, capsys):
     assert main(["predict", "--run", "r", "--client", "classifier", "one", "  "]) == 3
     assert asked.texts is None and "text 2 is empty" in capsys.readouterr().err
