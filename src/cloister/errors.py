@@ -11,11 +11,14 @@
       ChannelError             DecryptionError (one kind, no detail)  ReplayError  NoSessionError  RollbackError
       EnclaveError             HardeningError
       StoreError               ShardMismatchError  StoreFullError
+      PadError                 PadReuseError (fatal)  PadExhaustedError
+      OffloadError             RingOverflowError  IntegrityError (the accelerator lied)
       AdapterError             UnsupportedLayerError  StateMismatchError
       FederationError          InsufficientClientsError  RelayError  JobMismatchError  PeerError
 
 Each error has a one-line cause, an optional hint, a stable `code` (all that ever travels over the network) and the
-`exit_code` of its branch. Trust errors (AttestationError, ChannelError) are never retried nor downgraded.
+`exit_code` of its branch. Trust errors (AttestationError, ChannelError, PadReuseError, IntegrityError) are never retried
+nor downgraded.
 """
 
 from __future__ import annotations
@@ -250,6 +253,44 @@ class StateMismatchError(AdapterError):
     """A saved adapter state is of another shape, adapter or backbone."""
 
     code = "adapter.state"
+
+
+class PadError(CloisterError):
+    """A one-time pad cannot be made or used."""
+
+    code = "pad"
+    exit_code = 11
+
+
+class PadReuseError(PadError):
+    """A pad position would be used a second time, which would give the masked tensors away. Fatal: never retried."""
+
+    code = "pad.reuse"
+
+
+class PadExhaustedError(PadError):
+    """A key has no positions left, or the pool of pads made ahead of time ran dry."""
+
+    code = "pad.exhausted"
+
+
+class OffloadError(CloisterError):
+    """A masked layer on the accelerator failed."""
+
+    code = "offload"
+    exit_code = 12
+
+
+class RingOverflowError(OffloadError):
+    """A number does not fit the fixed-point format, so that the ring would return another one."""
+
+    code = "offload.overflow"
+
+
+class IntegrityError(OffloadError):
+    """The accelerator's answer is not the product it was asked for. The step is not applied; nothing tells which part."""
+
+    code = "offload.integrity"
 
 
 class FederationError(CloisterError):

@@ -23,11 +23,11 @@ exit codes:
   0    done                            8    a peer, a client or the relay failed
   1    any other error                 9    the enclave could not start or harden
   2    wrong job file or arguments     10   bytes from outside do not parse
-  3    data cannot be used             13   the adapter does not fit
-  4    model cannot be used            70   a bug in cloister
-  5    evidence refused                130  stopped by Ctrl-C (143: by SIGTERM)
-  6    the encrypted channel broke
-  7    store or disk failed
+  3    data cannot be used             11   a one-time pad cannot be made or used
+  4    model cannot be used            12   a masked layer failed
+  5    evidence refused                13   the adapter does not fit
+  6    the encrypted channel broke     70   a bug in cloister
+  7    store or disk failed            130  stopped by Ctrl-C (143: by SIGTERM)
   50 to 54: `verify` and `policy` on evidence; see `cloister verify --help`
 
 Errors go to stderr as "error:" and "hint:" lines; stdout carries data only.

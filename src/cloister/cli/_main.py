@@ -133,7 +133,7 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--client", required=True, metavar="NAME", help="the client that asks")
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("texts", nargs="*", default=[], metavar="TEXT", help="texts to classify, or prompts")
-    given.add_argument("--file", metavar="F", help="one text a line, or .jsonl with text (and text_b for pairs); - is stdin")
+    given.add_argument("--file", metavar="F", help="one text a line; .jsonl with text, text_b; - is stdin")
     parser.add_argument("--json", action="store_true", help="one JSON object for each text on stdout")
 
 
