@@ -27,9 +27,9 @@ def test_the_python_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert (tmp_path / "runs" / "latest" / "report.html").is_file()
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"`cloister (\w+) ", README))))
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"`cloister ((?:policy |collateral )?\w+)[ `]", README))))
 def test_every_command_that_it_names_has_help(command: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as caught:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert caught.value.code == 0
     assert "example" in capsys.readouterr().out
