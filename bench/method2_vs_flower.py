@@ -7,8 +7,8 @@ of their processes anew for every run, on this machine, in alternation.
 The peer is given what makes it quick: no evaluation but one of the final model, and as many torch threads in each app
 as there are processors for it. (With torch's own choice, `--peer-threads 0`, five apps wait for each other's cores.)
 
-    python bench/method2_vs_flower.py [--quick] [--pairs 5] [--layers all upper] [--peer-threads N]
-                                      [--out bench/results/method2_vs_flower.csv] [--keep FOLDER]
+    python bench/method2_vs_flower.py [--quick] [--pairs 5] [--data hoc|quickstart] [--layers all upper]
+                                      [--peer-threads N] [--out bench/results/method2_vs_flower.csv] [--keep FOLDER]
 
 Needs the `quickstart` extra. Without the project's data folder (CLOISTER_SHARED, or `shared` beside the checkout) the
 quickstart's three hospitals are used. Run it on an idle machine: a hundred processes share two cores badly.
@@ -91,10 +91,10 @@ class Setting:
         )
 
 
-def make_setting(folder: Path, *, quick: bool) -> Setting:
+def make_setting(folder: Path, data: str, *, quick: bool) -> Setting:
     """Reads every client's data as its job says, and writes it once, for both sides."""
     folder.mkdir(parents=True, exist_ok=True)
-    job = load_job(_job_file(folder))
+    job = load_job(_job_file(folder, data))
     clients, every_test = [], []
     for client in job.clients:
         update: dict[str, Any] = {"columns": type(client.columns)()}
@@ -114,9 +114,9 @@ def make_setting(folder: Path, *, quick: bool) -> Setting:
     return Setting(folder, job.model_copy(update=changed))
 
 
-def _job_file(folder: Path) -> Path:
+def _job_file(folder: Path, data: str) -> Path:
     shared = shared_dir()
-    if shared is not None and (shared / "data/datasets/hoc").is_dir():
+    if data == "hoc" and shared is not None and (shared / "data/datasets/hoc").is_dir():
         if shared == REPOSITORY.parent / "shared":
             return RECIPE
         text = RECIPE.read_text(encoding="utf-8").replace("../../../shared/data", str(shared / "data"))
@@ -125,7 +125,8 @@ def _job_file(folder: Path) -> Path:
         return path
     from cloister.cli._quickstart import write_quickstart
 
-    print("no data folder: the quickstart's hospitals stand in for hoc", file=sys.stderr)
+    if data == "hoc":
+        print("no data folder: the quickstart's hospitals stand in for hoc", file=sys.stderr)
     return write_quickstart(folder / "quickstart")
 
 
@@ -216,8 +217,10 @@ def in_child(folder: Path, name: str, what: Mapping[str, Any]) -> dict[str, Any]
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def compare(setting: Setting, folder: Path, *, n_pairs: int, layers: Sequence[str], num_threads: int) -> Results:
-    """All pairs; who begins changes from pair to pair."""
+def compare(
+    setting: Setting, folder: Path, *, n_pairs: int, layers: Sequence[str], num_threads: int
+) -> Iterator[Results]:
+    """All pairs; who begins changes from pair to pair. Gives what there is after each, so that a stop loses little."""
     sides = ["ours", *layers]
     found: Results = {side: [] for side in sides}
     for seed in range(n_pairs):
@@ -230,7 +233,7 @@ def compare(setting: Setting, folder: Path, *, n_pairs: int, layers: Sequence[st
             found[side].append(result)
             told = f"{result['wall_s']:.1f} s, training {result['train_s']:.1f} s, accuracy {result['metric']:.4f}"
             print(f"pair {seed + 1}, {_label(side)}: {told}", file=sys.stderr)
-    return found
+        yield found
 
 
 Results = dict[str, list[dict[str, Any]]]
@@ -290,6 +293,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smoke run: one pair, few examples")
     parser.add_argument("--pairs", type=int, help="default: 5, or 1 with --quick")
+    parser.add_argument("--data", choices=("hoc", "quickstart"), default="hoc", help="five institutions, or three")
     parser.add_argument("--layers", nargs="+", choices=tuple(LAYERS), default=["all"], help="the peer's LoRA")
     parser.add_argument("--peer-threads", type=int, help="of torch in each Flower app; 0: torch's own choice")
     parser.add_argument("--out", type=Path)
@@ -304,15 +308,16 @@ def main() -> None:
     if (load := load_average()) > 0.5 * len(os.sched_getaffinity(0)):
         print(f"warning: this machine is busy (load {load:.1f}); the times will say little", file=sys.stderr)
     with work_folder(args.keep) as folder:
-        setting = make_setting(folder / "data", quick=args.quick)
+        setting = make_setting(folder / "data", args.data, quick=args.quick)
         # Both sides' libraries once through the page cache, so that whoever is first does not pay for it.
         subprocess.run([sys.executable, "-c", "import peft, transformers.models.bert, flwr.serverapp"], check=True)
         num_threads = args.peer_threads
         if num_threads is None:
             num_threads = max(1, len(os.sched_getaffinity(0)) // len(setting.job.clients))
-        found = compare(setting, folder, n_pairs=n_pairs, layers=args.layers, num_threads=num_threads)
-    write_csv(out_path("method2_vs_flower", args.out, quick=args.quick), table(found, setting.epochs))
-    tell_phases(found)
+        name = "method2_vs_flower" + ("_quickstart" if args.data == "quickstart" else "")
+        for found in compare(setting, folder, n_pairs=n_pairs, layers=args.layers, num_threads=num_threads):
+            write_csv(out_path(name, args.out, quick=args.quick), table(found, setting.epochs))
+            tell_phases(found)
 
 
 if __name__ == "__main__":
