@@ -35,7 +35,7 @@ format: $(STAMP)
 
 coverage: $(STAMP)  ## branch coverage of the trusted packages, which must be whole
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --cov=cloister.attest --cov=cloister.channel --cov=cloister.enclave \
-	  --cov=cloister.wire --cov=cloister.errors --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100 \
+	  --cov=cloister.wire --cov=cloister.errors --cov=cloister.ring --cov=cloister.pad --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100 \
 	  tests/unit tests/adversary tests/property tests/vectors tests/fuzz tests/e2e/test_swtpm.py
 
 check-refusals: $(STAMP)  ## remove each check of the trusted packages in turn: its test must notice; minutes
