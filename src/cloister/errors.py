@@ -17,8 +17,8 @@
       FederationError          InsufficientClientsError  RelayError  JobMismatchError  PeerError
 
 Each error has a one-line cause, an optional hint, a stable `code` (all that ever travels over the network) and the
-`exit_code` of its branch. Trust errors (AttestationError, ChannelError, PadReuseError, IntegrityError) are never retried
-nor downgraded.
+`exit_code` of its branch. Trust errors (AttestationError, ChannelError, PadReuseError, IntegrityError) are never
+retried nor downgraded.
 """
 
 from __future__ import annotations
@@ -288,7 +288,7 @@ class RingOverflowError(OffloadError):
 
 
 class IntegrityError(OffloadError):
-    """The accelerator's answer is not the product it was asked for. The step is not applied; nothing tells which part."""
+    """The accelerator's answer is not the product that it was asked for. The step is not applied."""
 
     code = "offload.integrity"
 
