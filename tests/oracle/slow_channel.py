@@ -320,24 +320,26 @@ class KemKey:
         first, second = self._halves()
         return first.public_key().public_bytes_raw() + second.public_key().public_bytes_raw()
 
-    def open(self, sealed: bytes, info: bytes) -> bytes:
+    def shared(self, encapsulated: bytes) -> bytes:
         first, second = self._halves()
-        ct_m, ct_x, body = sealed[:1088], sealed[1088:1120], sealed[1120:]
+        ct_m, ct_x = encapsulated[:1088], encapsulated[1088:]
+        ss_m = first.decapsulate(ct_m)
+        ss_x = second.exchange(x25519.X25519PublicKey.from_public_bytes(ct_x))
+        return sha(hashes.SHA3_256(), ss_m + ss_x + ct_x + second.public_key().public_bytes_raw() + b"\\.//^\\")
+
+    def open(self, sealed: bytes, info: bytes) -> bytes:
         try:
-            ss_m = first.decapsulate(ct_m)
-            ss_x = second.exchange(x25519.X25519PublicKey.from_public_bytes(ct_x))
-            shared = sha(hashes.SHA3_256(), ss_m + ss_x + ct_x + second.public_key().public_bytes_raw() + b"\\.//^\\")
-            key, nonce = _hpke_schedule(shared, info)
-            seed = AESGCM(key).decrypt(nonce, body, None)
+            key, nonce = hpke_schedule(self.shared(sealed[:1120]), info)
+            seed = AESGCM(key).decrypt(nonce, sealed[1120:], None)
         except (InvalidTag, ValueError):  # ValueError: an X25519 point of low order
             raise Refused("channel.decryption") from None
         need(len(seed) == 32, "channel.decryption")
         return seed
 
 
-def _hpke_schedule(shared: bytes, info: bytes) -> tuple[bytes, bytes]:
-    """Key and nonce of RFC 9180 section 5.1, base mode, KEM 0x647a, HKDF-SHA256, AES-256-GCM."""
-    suite_id = b"HPKE" + bytes.fromhex("647a00010002")
+def hpke_schedule(shared: bytes, info: bytes, suite: str = "647a00010002", n_key: int = 32) -> tuple[bytes, bytes]:
+    """Key and nonce of RFC 9180 section 5.1, base mode, HKDF-SHA256; by default KEM 0x647a and AES-256-GCM."""
+    suite_id = b"HPKE" + bytes.fromhex(suite)
 
     def extract(salt: bytes, label: bytes, data: bytes) -> bytes:
         keyed = hmac.HMAC(salt or bytes(32), hashes.SHA256())
@@ -350,7 +352,7 @@ def _hpke_schedule(shared: bytes, info: bytes) -> tuple[bytes, bytes]:
 
     context = b"\x00" + extract(b"", b"psk_id_hash", b"") + extract(b"", b"info_hash", info)
     secret = extract(shared, b"secret", b"")
-    return derive(b"key", 32), derive(b"base_nonce", 12)
+    return derive(b"key", n_key), derive(b"base_nonce", 12)
 
 
 def hpke_seal(public: bytes, info: bytes, seed: bytes) -> bytes:
