@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
-
 from tests.oracle.slow_channel import KemKey, hpke_schedule
 
 vectors = pytest.importorskip("cryptography_vectors", reason="the package cryptography-vectors is not installed")

@@ -1,4 +1,4 @@
-"""Wycheproof for the primitives as cloister calls them: AES-256-GCM, HKDF, X25519, ECDSA with raw signatures, ML-KEM-768."""
+"""Wycheproof for the primitives as cloister calls them: AES-256-GCM, HKDF, X25519, raw ECDSA signatures, ML-KEM-768."""
 
 from __future__ import annotations
 
