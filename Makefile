@@ -46,6 +46,7 @@ fuzz: $(STAMP)  ## a million cases over every parser of bytes from outside; minu
 
 bench: $(STAMP)  ## every figure in README and docs; writes bench/results/*.csv
 	for script in bench/[a-z]*.py; do [ $$script = bench/report.py ] && continue; $(BIN)/python $$script || exit 1; done
+	$(BIN)/python bench/method2_vs_flower.py --data quickstart
 
 bench-report: $(STAMP)
 	@$(BIN)/python -m bench.report
