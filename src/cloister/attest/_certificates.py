@@ -5,6 +5,8 @@ from __future__ import annotations
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 
+# Catch these around every access, not only around loading: names, dates, keys and extensions are parsed when they are
+# first asked for.
 PARSE_ERRORS = (
     ValueError,
     TypeError,

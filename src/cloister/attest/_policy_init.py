@@ -138,9 +138,10 @@ def _own_roots(evidence: Evidence) -> tuple[list[str], list[str]]:
     for pem in _PEM.findall(text)[:_MAX_CERTIFICATES]:
         try:
             certificate = x509.load_pem_x509_certificate(pem.encode("latin-1"))
+            is_root = certificate.issuer == certificate.subject
         except PARSE_ERRORS:
             continue  # the verifier says what is wrong with it
-        if certificate.issuer == certificate.subject:
+        if is_root:
             found.add(hashlib.sha256(certificate.public_bytes(serialization.Encoding.DER)).hexdigest())
     return sorted(found), []
 

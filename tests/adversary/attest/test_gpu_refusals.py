@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import ssl
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from cloister.attest import Policy, verify_evidence
@@ -209,6 +210,22 @@ def test_certificate_whose_extensions_do_not_parse(root, gpu):
     leaf = gpu.issue_leaf(CertificateOptions(key_usage=False, extensions=((broken, False),)))
     with pytest.raises(MalformedEvidenceError, match="certificate of the GPU does not parse"):
         verify(root, chain(gpu, leaf, gpu.certificate, root.line, root.certificate))
+
+
+def test_certificate_with_one_extension_twice(root, gpu):
+    """Found by the fuzzer: `cryptography` has an exception of its own for it."""
+    twice = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), b"\x04\x00")
+    other = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.5"), b"\x04\x00")
+    leaf = gpu.issue_leaf(CertificateOptions(extensions=((twice, False), (other, False))))
+    der = leaf.public_bytes(serialization.Encoding.DER).replace(
+        bytes.fromhex("06032a0305"), bytes.fromhex("06032a0304")
+    )
+    pem = ssl.DER_cert_to_PEM_cert(der).encode()
+    honest = chain(gpu, leaf, gpu.certificate, root.line, root.certificate)
+    aux = honest.aux.replace(leaf.public_bytes(serialization.Encoding.PEM), pem)
+    assert aux != honest.aux
+    with pytest.raises(MalformedEvidenceError, match="certificate of the GPU does not parse"):
+        verify(root, Evidence(honest.type, honest.blob, aux))
 
 
 @pytest.mark.parametrize("now", [NOW - YEAR, NOW + 11 * YEAR])

@@ -9,7 +9,7 @@ import hashlib
 from datetime import UTC, datetime
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, utils
 
@@ -89,7 +89,7 @@ def verify_gpu(evidence: Evidence, policy: Policy, *, now: int) -> Proven:
         _check_validity(chain, now)
         _check_chain(chain)
         _check_report(report, chain[0])
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except PARSE_ERRORS:
         # Certificates are parsed lazily: a field that does not parse shows up only here.
         raise MalformedEvidenceError("a certificate of the GPU does not parse") from None
     findings.passed.append("gpu: report and certificates verify under that root")
@@ -144,7 +144,7 @@ def _check_chain(chain: list[x509.Certificate]) -> None:
 
     Raises:
         EvidenceSignatureError: it is no such chain.
-        ValueError, TypeError, UnsupportedAlgorithm: a certificate does not parse.
+        PARSE_ERRORS: a certificate does not parse.
     """
     for below, (subject, issuer) in enumerate(zip(chain, [*chain[1:], chain[-1]], strict=True)):
         _check_key(subject)
