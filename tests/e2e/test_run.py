@@ -79,12 +79,17 @@ def test_resume_finishes_what_a_kill_interrupted(tmp_path: Path):
     class Interrupt(Exception):
         pass
 
-    def interrupt(launch) -> None:
-        if launch.phase.split("/")[0] in {"train", "evaluate", "baselines"}:  # a tick may miss the first
+    seen: list[str] = []
+
+    def interrupt(event: dict) -> None:
+        # By the event, which always comes: a tick may miss a training this short.
+        if event["event"] == "phase" and event["phase"] == "train" and not seen:
+            seen.append(event["status"])
             raise Interrupt
 
     with pytest.raises(Interrupt):
-        run(tmp_path / "job.toml", runs_dir=tmp_path / "cut", programs=FAKE, on_tick=interrupt)
+        run(tmp_path / "job.toml", runs_dir=tmp_path / "cut", programs=FAKE, on_event=interrupt)
+    assert seen == ["begin"]
     resumed = run(resume=tmp_path / "cut" / "latest", programs=FAKE)
     assert resumed.metric == whole.metric
     assert resumed.result["losses"] == whole.result["losses"]
