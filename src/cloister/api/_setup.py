@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cloister._files import write_whole
-from cloister.attest import Policy, expected_rtmr3, measure_folder, measure_package, write_policy
+from cloister.attest import Policy, write_policy
 from cloister.errors import StoreError
 from cloister.federation import generate_node_key, load_node_key, register_node_key, write_node_key
 from cloister.slicing import inspect_backbone, local_folder
 
 from ._folder import RunFolder
+from ._measure import measure_job
 from ._platform import simulated_platform
 
 if TYPE_CHECKING:
@@ -59,13 +60,5 @@ def _node_key(job: Job, folder: RunFolder, name: str) -> None:
 
 def _write_policy(job: Job, folder: RunFolder) -> None:
     """A strict policy for this machine's simulated platform: this release, this job, these weights, nothing else."""
-    platform = simulated_platform()
-    write_policy(folder.policy, root_sha256=platform.root_sha256, server_rtmr3=())
-    template = Policy.load(folder.policy).template_sha384
-    rtmr3 = expected_rtmr3(
-        package=measure_package(),
-        job_sha384=job.sha384,
-        policy_template=template,
-        weights=measure_folder(folder.model),
-    )
-    write_policy(folder.policy, root_sha256=platform.root_sha256, server_rtmr3=(rtmr3,))
+    rtmr3 = bytes.fromhex(measure_job(job).rtmr3)
+    write_policy(folder.policy, root_sha256=simulated_platform().root_sha256, server_rtmr3=(rtmr3,))
