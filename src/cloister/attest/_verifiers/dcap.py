@@ -17,6 +17,7 @@ from cloister.attest._finding import Findings
 from cloister.attest._policy import Policy
 from cloister.attest._policy_rules import DcapRules
 from cloister.attest._types import INTEL_ROOT_SHA256
+from cloister.attest._verifiers.root import check_root
 from cloister.errors import (
     AttestationError,
     EvidenceSignatureError,
@@ -86,7 +87,18 @@ def verify_dcap(evidence: Evidence, policy: Policy, rules: DcapRules, *, now: in
     collateral, fields = _parse_collateral(evidence.aux)
     root_der = _root_of(collateral)
     root_sha256 = hashlib.sha256(root_der).hexdigest()
-    findings = Findings(_check_root(evidence.type, root_sha256, policy))
+    root = check_root(
+        evidence.type,
+        root_sha256,
+        policy,
+        vendor="Intel",
+        genuine=(INTEL_ROOT_SHA256,),
+        pinned=policy.intel_sha256,
+        key="intel_sha256",
+        real=("sgx", "tdx"),
+        software=("simulated", "simulated-sgx"),
+    )
+    findings = Findings([root])
     issued = min(fields)
     # An issuer's clock may be ahead of ours by the allowed skew: check at the time of issue then, never later.
     at = min(max(now, *fields), now + policy.clock_skew_s)
@@ -146,24 +158,6 @@ def _root_of(collateral: dcap_qvl.QuoteCollateralV3) -> bytes:
     except PARSE_ERRORS:
         raise MalformedEvidenceError("the collateral's certificate chain does not parse") from None
     return chain[-1].public_bytes(serialization.Encoding.DER)
-
-
-def _check_root(declared: str, root_sha256: str, policy: Policy) -> list[str]:
-    """Refuse before any signature is looked at: nothing under an unpinned root is worth a look."""
-    reasons: list[str] = []
-    simulated = root_sha256 != INTEL_ROOT_SHA256
-    if root_sha256 not in policy.intel_sha256:
-        reasons.append(f"root {root_sha256} is not pinned in [roots].intel_sha256")
-    if simulated and not policy.allow_simulated:
-        reasons.append("the root is not Intel's, and the policy does not allow simulated evidence")
-    if simulated != declared.startswith("simulated"):
-        actual = "not Intel's" if simulated else "Intel's"
-        reasons.append(f'evidence is declared "{declared}", and its root is {actual}')
-    if reasons:
-        raise PolicyRejectedError(reasons[0], reasons=reasons, hint="the policy decides which roots are trusted")
-    if simulated:
-        return [f"root {root_sha256[:16]}… is pinned; it is SIMULATED, and the policy allows simulated evidence"]
-    return [f"root {root_sha256[:16]}… is pinned; it is Intel's"]
 
 
 def _strict(rules: DcapRules, at: int) -> dcap_qvl.QuotePolicy:

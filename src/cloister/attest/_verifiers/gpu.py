@@ -19,6 +19,7 @@ from cloister.attest._policy import Policy
 from cloister.attest._types import Claims
 from cloister.attest._verifiers import gpu_report
 from cloister.attest._verifiers.gpu_report import GpuReport, parse_report
+from cloister.attest._verifiers.root import check_root
 from cloister.errors import (
     EvidenceSignatureError,
     MalformedEvidenceError,
@@ -84,7 +85,18 @@ def verify_gpu(evidence: Evidence, policy: Policy, *, now: int) -> Proven:
     chain = _parse_chain(evidence.aux)
     root_sha256 = hashlib.sha256(chain[-1].public_bytes(serialization.Encoding.DER)).hexdigest()
     simulated = root_sha256 != NVIDIA_ROOT_SHA256
-    findings = Findings(_check_root(evidence.type, root_sha256, policy))
+    root = check_root(
+        evidence.type,
+        root_sha256,
+        policy,
+        vendor="NVIDIA",
+        genuine=(NVIDIA_ROOT_SHA256,),
+        pinned=policy.nvidia_sha256,
+        key="nvidia_sha256",
+        real=("gpu",),
+        software=("simulated-gpu",),
+    )
+    findings = Findings([f"gpu: {root}"])
     try:
         _check_validity(chain, now)
         _check_chain(chain)
@@ -111,24 +123,6 @@ def _parse_chain(aux: bytes) -> list[x509.Certificate]:
         text = f"the GPU's chain has {len(chain)} certificates, not {_MIN_CHAIN} to {_MAX_CHAIN}"
         raise MalformedEvidenceError(text)
     return chain
-
-
-def _check_root(declared: str, root_sha256: str, policy: Policy) -> list[str]:
-    """Refuse before any signature is looked at: nothing under an unpinned root is worth a look."""
-    reasons: list[str] = []
-    simulated = root_sha256 != NVIDIA_ROOT_SHA256
-    if root_sha256 not in policy.nvidia_sha256:
-        reasons.append(f"root {root_sha256} is not pinned in [roots].nvidia_sha256")
-    if simulated and not policy.allow_simulated:
-        reasons.append("the root is not NVIDIA's, and the policy does not allow simulated evidence")
-    if declared != ("simulated-gpu" if simulated else "gpu"):
-        actual = "not NVIDIA's" if simulated else "NVIDIA's"
-        reasons.append(f'evidence is declared "{declared}", and its root is {actual}')
-    if reasons:
-        raise PolicyRejectedError(reasons[0], reasons=reasons, hint="the policy decides which roots are trusted")
-    if simulated:
-        return [f"gpu: root {root_sha256[:16]}… is pinned; it is SIMULATED, and the policy allows simulated evidence"]
-    return [f"gpu: root {root_sha256[:16]}… is pinned; it is NVIDIA's"]
 
 
 def _check_validity(chain: list[x509.Certificate], now: int) -> None:

@@ -12,6 +12,7 @@ from cloister.attest._policy_rules import SNP_REQUIRED
 from cloister.attest._types import Claims
 from cloister.attest._verifiers import snp_certs as certs
 from cloister.attest._verifiers.dcap import utc
+from cloister.attest._verifiers.root import check_root
 from cloister.attest._verifiers.snp_aux import parse_aux
 from cloister.attest._verifiers.snp_report import SnpReport, parse_report, tcb_parts
 from cloister.errors import EvidenceSignatureError, PolicyRejectedError
@@ -95,7 +96,19 @@ def prove_snp(evidence: Evidence, policy: Policy, *, now: int) -> SnpProof:
     certified = certs.product_of(leaf)
     product = report.product or certified
     root_sha256 = hashlib.sha256(collateral.ark).hexdigest()
-    findings = Findings(_check_root(evidence.type, product, root_sha256, policy))
+    root = check_root(
+        evidence.type,
+        root_sha256,
+        policy,
+        vendor="AMD",
+        genuine=AMD_ARK_SHA256.values(),
+        pinned=policy.amd_ark_sha256[product],
+        key=f"amd_ark_sha256.{product}",
+        real=("snp",),
+        software=(SIMULATED_TYPE,),
+    )
+    simulated = root_sha256 not in AMD_ARK_SHA256.values()
+    findings = Findings([root if simulated else f"{root}, of {product}"])
     if certified != product:
         raise EvidenceSignatureError(f"the {leaf.what} certificate is of {certified}, the report of {product}")
     chain = certs.verify_chain(leaf, collateral, report, product, now=now, skew_s=policy.clock_skew_s)
@@ -104,7 +117,6 @@ def prove_snp(evidence: Evidence, policy: Policy, *, now: int) -> SnpProof:
     tcb = {name: tcb_parts(raw, product) for name, raw in report.tcb.items()}
     _check_tcb(tcb, product, policy, findings)
     _check_guest(report, policy, findings)
-    simulated = root_sha256 not in AMD_ARK_SHA256.values()
     claims = Claims(
         tee="snp",
         evidence_type=evidence.type,
@@ -119,24 +131,6 @@ def prove_snp(evidence: Evidence, policy: Policy, *, now: int) -> SnpProof:
         details=_details(report, product, tcb, chain.csp_id),
     )
     return SnpProof(claims, findings, _limits(simulated, chain.has_crl, product, policy))
-
-
-def _check_root(declared: str, product: str, root_sha256: str, policy: Policy) -> list[str]:
-    """Refuse before any signature is looked at: nothing under an unpinned root is worth a look."""
-    reasons: list[str] = []
-    simulated = root_sha256 not in AMD_ARK_SHA256.values()
-    if root_sha256 not in policy.amd_ark_sha256[product]:
-        reasons.append(f"root {root_sha256} is not pinned in [roots].amd_ark_sha256.{product}")
-    if simulated and not policy.allow_simulated:
-        reasons.append("the root is not AMD's, and the policy does not allow simulated evidence")
-    if simulated != (declared == SIMULATED_TYPE):
-        actual = "not AMD's" if simulated else "AMD's"
-        reasons.append(f'evidence is declared "{declared}", and its root is {actual}')
-    if reasons:
-        raise PolicyRejectedError(reasons[0], reasons=reasons, hint="the policy decides which roots are trusted")
-    if simulated:
-        return [f"root {root_sha256[:16]}… is pinned; it is SIMULATED, and the policy allows simulated evidence"]
-    return [f"root {root_sha256[:16]}… is pinned; it is AMD's, of {product}"]
 
 
 def _check_tcb(tcb: dict[str, dict[str, int]], product: str, policy: Policy, findings: Findings) -> None:
