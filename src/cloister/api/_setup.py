@@ -60,5 +60,7 @@ def _node_key(job: Job, folder: RunFolder, name: str) -> None:
 
 def _write_policy(job: Job, folder: RunFolder) -> None:
     """A strict policy for this machine's simulated platform: this release, this job, these weights, nothing else."""
-    rtmr3 = bytes.fromhex(measure_job(job).rtmr3)
-    write_policy(folder.policy, root_sha256=simulated_platform().root_sha256, server_rtmr3=(rtmr3,))
+    root = simulated_platform().root_sha256
+    write_policy(folder.policy, root_sha256=root, server_rtmr3=())  # its template, which has no values, is measured too
+    rtmr3 = bytes.fromhex(measure_job(job, policy_file=folder.policy).rtmr3)
+    write_policy(folder.policy, root_sha256=root, server_rtmr3=(rtmr3,))
