@@ -10,7 +10,7 @@ STAMP  := $(VENV)/.installed
 PIN    := --constraint constraints.txt --constraint constraints-dev.txt
 
 # The TPM bindings compile against Debian's libtss2-dev; where that is missing, their tests skip with a reason.
-$(STAMP): pyproject.toml constraints.txt constraints-dev.txt
+$(STAMP): pyproject.toml constraints.txt constraints-dev.txt $(wildcard native/*.* native/levels/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIN) torch
 	$(BIN)/python -m pip install --quiet $(PIN) --editable ".[dev,quickstart]"

@@ -13,6 +13,7 @@
       StoreError               ShardMismatchError  StoreFullError
       PadError                 PadReuseError (fatal)  PadExhaustedError
       OffloadError             RingOverflowError  IntegrityError (the accelerator lied)
+                           AcceleratorLostError (it died or hung up)
       AdapterError             UnsupportedLayerError  StateMismatchError
       FederationError          InsufficientClientsError  RelayError  JobMismatchError  PeerError
 
@@ -291,6 +292,12 @@ class IntegrityError(OffloadError):
     """The accelerator's answer is not the product that it was asked for. The step is not applied."""
 
     code = "offload.integrity"
+
+
+class AcceleratorLostError(OffloadError):
+    """The accelerator died, hung up or did not answer in time. The step may be tried again with fresh pads."""
+
+    code = "offload.lost"
 
 
 class FederationError(CloisterError):

@@ -34,6 +34,12 @@ class RingFormat(ABC):
     name: str
     weight_bits: int
     MAX_WEIGHT_BITS: ClassVar[int]
+    CODE: ClassVar[int]  # how the kernels call the ring
+
+    @property
+    @abstractmethod
+    def pad_moduli(self) -> tuple[int, ...]:
+        """The modulus of each plane of a pad."""
 
     @property
     @abstractmethod
@@ -110,6 +116,12 @@ class ResidueFormat(RingFormat):
 
     moduli: tuple[int, ...]
     MAX_WEIGHT_BITS: ClassVar[int] = 16
+    CODE: ClassVar[int] = 0
+
+    @property
+    def pad_moduli(self) -> tuple[int, ...]:
+        """The moduli: a pad is uniform in each residue."""
+        return self.moduli
 
     @property
     def modulus(self) -> int:
@@ -171,6 +183,12 @@ class LimbFormat(RingFormat):
     n_limbs: int
     limb_bits: int = 8
     MAX_WEIGHT_BITS: ClassVar[int] = 8
+    CODE: ClassVar[int] = 1
+
+    @property
+    def pad_moduli(self) -> tuple[int, ...]:
+        """The unsigned digits of a pad, lowest first."""
+        return (1 << self.limb_bits,) * self.n_limbs
 
     @property
     def modulus(self) -> int:
