@@ -1,6 +1,6 @@
 """Kernels of the enclave, in C++ (native/). Arrays are C-contiguous; another shape or type is an error.
 
-The library calls these after it has checked its input. Who may see what stands where they are called: ring, pad, offload.
+The library calls these after it has checked its input. Who may see what stands where they are called: pad, offload.
 """
 
 import numpy as np

@@ -26,7 +26,7 @@ ASSUMPTIONS: Mapping[PadMode, str] = {
     ),
     PadMode.LATTICE: (
         "Homomorphic pad: the features are hidden by Module-LWR, a computational and heuristic assumption, at "
-        "parameters that nobody outside has reviewed, with one public part for many secrets and with later inputs "
+        "parameters that nobody outside has reviewed, with one vector shared by many secrets and with later inputs "
         "that depend on earlier roundings; shapes, order and timing are visible, no raw output of an offloaded layer "
         "may leave the enclave, and the enclave's memory cannot be rolled back."
     ),
