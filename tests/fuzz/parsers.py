@@ -126,10 +126,11 @@ def _channel_targets() -> list[Target]:
     header = wire.Header("run", 1, "manifest", "north", "server", 2).to_bytes()
     record = (0).to_bytes(8, "big") + wire.enc(header) + sealed
     proof = wire.Evidence("simulated", b"quote", b"{}").to_bytes()
+    both = channel.AttestedNodeProof(b"signature", proof).to_bytes()
     return [
         Target("channel.decrypt_chunked", lambda data: channel.decrypt_chunked(key, data, b"context"), [sealed], 20),
         Target("channel.peek_header", channel.peek_header, [record], 40),
-        Target("channel.parse_proof", parse_proof, [proof], 20),
+        Target("channel.parse_proof", parse_proof, [proof, both], 20),
         Target("channel.ServerHandshake", _flight2, [_honest_flight2()], 2),
         Target("channel.ClientHandshake", lambda data: _client().flight2(data), [_server().flight1()], 2),
     ]

@@ -216,6 +216,11 @@ def parse_proof(blob: bytes) -> tuple[str, dict[str, Any]]:
         _fields(body, signature=bytes)
         need(len(body["signature"]) <= 104)
         return kind, body
+    if kind == "attested-node-proof":
+        _fields(body, signature=bytes, evidence=bytes)
+        need(len(body["signature"]) <= 104)
+        need(parse_proof(body["evidence"])[0] == "evidence")
+        return kind, body
     need(kind == "evidence")
     _fields(body, type=str, blob=bytes, aux=bytes)
     need(bool(re.fullmatch("[a-z0-9][a-z0-9-]{0,31}", body["type"])))
@@ -471,6 +476,13 @@ def signed_by_node(th3: bytes, ex: bytes) -> bytes:
 
 def node_proof(private: ec.EllipticCurvePrivateKey, th3: bytes, ex: bytes) -> bytes:
     return pack("node-proof", {"signature": private.sign(signed_by_node(th3, ex), ec.ECDSA(hashes.SHA384()))})
+
+
+def check_attested_node_proof(spki: bytes, verify: Any, kind: str, body: dict[str, Any], th3: bytes, ex: bytes) -> None:
+    """`verify(body, report_data)` refuses evidence."""
+    need(kind == "attested-node-proof", "attest.signature")
+    check_node_proof(spki, "node-proof", {"signature": body["signature"]}, th3, ex)
+    verify(parse_proof(body["evidence"])[1], report_data(b"client", th3, ex))
 
 
 def check_node_proof(spki: bytes, kind: str, body: dict[str, Any], th3: bytes, ex: bytes) -> None:

@@ -11,6 +11,9 @@ from cloister.channel._counter import CountedFile, Counter, Uncounted
 from cloister.channel._handshake import MAX_FLIGHT_BYTES, ClientHandshake, ServerHandshake
 from cloister.channel._kdf import SUITE_ID, V, derive_key
 from cloister.channel._proof import (
+    AttestedNodeProof,
+    AttestedNodeProver,
+    AttestedNodeVerifier,
     Binding,
     ClientProver,
     ClientVerifier,
@@ -30,6 +33,9 @@ __all__ = [
     "DEFAULT_MAX_SESSION_AGE_S",
     "MAX_FLIGHT_BYTES",
     "SUITE_ID",
+    "AttestedNodeProof",
+    "AttestedNodeProver",
+    "AttestedNodeVerifier",
     "Binding",
     "ChunkedReader",
     "ChunkedWriter",

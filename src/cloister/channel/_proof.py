@@ -1,4 +1,8 @@
-"""How a client proves itself in F4: with evidence of its own TEE, or, without a TEE, with its registered node key."""
+"""How a client proves itself in F4: by its registered node key, by evidence of its own TEE, or by both (Method 1).
+
+Evidence says what runs, a node key says whose it is: any genuine enclave of the job could take a client's name by
+evidence alone. So where clients have enclaves, both are needed, over the same session.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from cloister.errors import ChannelError, EvidenceSignatureError, MalformedMessa
 # A DER ECDSA signature over P-384 has at most 104 bytes.
 MAX_SIGNATURE_BYTES = 104
 _PROOF_KIND = "node-proof"
+_ATTESTED_KIND = "attested-node-proof"
 
 
 @dataclass(frozen=True)
@@ -55,14 +60,40 @@ class NodeProof:
         return cls(signature)
 
 
-Proof = wire.Evidence | NodeProof
+@dataclass(frozen=True)
+class AttestedNodeProof:
+    """A node key's signature and evidence of the client's enclave, both over the session."""
+
+    KIND: ClassVar[str] = _ATTESTED_KIND
+
+    signature: bytes
+    evidence: bytes = field(repr=False)
+
+    def to_bytes(self) -> bytes:
+        """The one encoding of this proof."""
+        return wire.pack(_ATTESTED_KIND, {"signature": self.signature, "evidence": self.evidence})
+
+    @classmethod
+    def from_body(cls, body: dict[str, object]) -> AttestedNodeProof:
+        """Build from an untrusted body; raises a `WireError`."""
+        evidence = body.get("evidence")
+        if set(body) != {"signature", "evidence"} or not isinstance(evidence, bytes):
+            raise MalformedMessageError("attested-node-proof does not have exactly a signature and evidence")
+        signature = NodeProof.from_body({"signature": body["signature"]}).signature
+        wire.Evidence.parse(evidence)
+        return cls(signature, evidence)
+
+
+Proof = wire.Evidence | NodeProof | AttestedNodeProof
 
 
 def parse_proof(blob: bytes) -> Proof:
-    """Parse the plaintext of F4. Total: evidence, a node proof, or a `WireError`."""
+    """Parse the plaintext of F4. Total: evidence, a node proof, both in one, or a `WireError`."""
     kind, body = wire.unpack_any(blob, max_bytes=wire.MAX_EVIDENCE_BYTES)
     if kind == _PROOF_KIND:
         return NodeProof.from_body(body)
+    if kind == _ATTESTED_KIND:
+        return AttestedNodeProof.from_body(body)
     return wire.Evidence.parse(blob)
 
 
@@ -163,6 +194,40 @@ class EvidenceVerifier:
         if not isinstance(proof, wire.Evidence):
             raise EvidenceSignatureError("the client sent a node key's signature in place of evidence")
         return self._verify(proof, binding.report_data)
+
+
+class AttestedNodeProver:
+    """Proves a client by its node key and by evidence of its enclave."""
+
+    def __init__(
+        self, private_key: ec.EllipticCurvePrivateKey, make_evidence: Callable[[bytes], wire.Evidence]
+    ) -> None:
+        self._node = NodeKeyProver(private_key)
+        self._enclave = EvidenceProver(make_evidence)
+
+    def prove(self, binding: Binding) -> AttestedNodeProof:
+        """Sign this session, and make evidence over its report data."""
+        return AttestedNodeProof(self._node.prove(binding).signature, self._enclave.prove(binding).to_bytes())
+
+
+class AttestedNodeVerifier:
+    """Accepts the holder of one registered node key in an enclave that `verify(evidence, report_data)` accepts."""
+
+    def __init__(self, public_key_spki: bytes, verify: Callable[[wire.Evidence, bytes], object]) -> None:
+        self._node = NodeKeyVerifier(public_key_spki)
+        self._enclave = EvidenceVerifier(verify)
+
+    def verify(self, proof: Proof, binding: Binding) -> object:
+        """Return what the verifier proved about the enclave, once the node key's signature is good too.
+
+        Raises:
+            EvidenceSignatureError: only one of the two was sent, or the signature is not by the registered key.
+            AttestationError: the verifier refuses the enclave.
+        """
+        if not isinstance(proof, AttestedNodeProof):
+            raise EvidenceSignatureError("the client did not send both its node key's signature and evidence")
+        self._node.verify(NodeProof(proof.signature), binding)
+        return self._enclave.verify(wire.Evidence.parse(proof.evidence), binding)
 
 
 def _signed(binding: Binding) -> bytes:

@@ -45,6 +45,8 @@ class Parties:
     """Makes handshakes of both sides; `server` and `client` take overrides of the defaults."""
 
     hardware: FakeHardware = field(default_factory=FakeHardware)
+    node_key: ec.EllipticCurvePrivateKey = NODE_KEY
+    node_spki: bytes = NODE_SPKI
 
     def server(self, context: channel.SessionContext = CONTEXT, **overrides: Any) -> channel.ServerHandshake:
         arguments: dict[str, Any] = {

@@ -66,6 +66,40 @@ def test_a_client_with_a_tee_proves_itself_by_evidence(parties: Any) -> None:
     assert server.finish(flight4).peer == "the server enclave"
 
 
+def test_a_client_enclave_proves_what_runs_and_whose_it_is(parties: Any) -> None:
+    server = parties.server(verify_client=channel.AttestedNodeVerifier(parties.node_spki, parties.hardware.verify))
+    client = parties.client(prove=channel.AttestedNodeProver(parties.node_key, parties.hardware.evidence))
+    flight4, _ = client.flight4(server.flight3(client.flight2(server.flight1())))
+    assert server.finish(flight4).peer == "the server enclave"
+
+
+def test_an_enclave_of_the_job_cannot_take_another_clients_name(parties: Any) -> None:
+    impostor = ec.generate_private_key(ec.SECP384R1())
+    for prover in (
+        channel.AttestedNodeProver(impostor, parties.hardware.evidence),
+        channel.EvidenceProver(parties.hardware.evidence),
+        channel.NodeKeyProver(parties.node_key),
+    ):
+        server = parties.server(verify_client=channel.AttestedNodeVerifier(parties.node_spki, parties.hardware.verify))
+        client = parties.client(prove=prover)
+        flight4, _ = client.flight4(server.flight3(client.flight2(server.flight1())))
+        with pytest.raises(EvidenceSignatureError):
+            server.finish(flight4)
+        _is_dead(server)
+
+
+def test_the_holder_of_a_node_key_in_another_enclave_is_refused(parties: Any) -> None:
+    def refuse(evidence: wire.Evidence, report_data: bytes) -> None:
+        raise MeasurementMismatchError("another enclave")
+
+    server = parties.server(verify_client=channel.AttestedNodeVerifier(parties.node_spki, refuse))
+    client = parties.client(prove=channel.AttestedNodeProver(parties.node_key, parties.hardware.evidence))
+    flight4, _ = client.flight4(server.flight3(client.flight2(server.flight1())))
+    with pytest.raises(MeasurementMismatchError):
+        server.finish(flight4)
+    _is_dead(server)
+
+
 def test_the_relay_learns_no_evidence_and_no_signature(parties: Any) -> None:
     flights, _, _ = parties.shake()
     assert b"CLST" not in b"".join(flights)

@@ -110,6 +110,14 @@ def test_sealed_files_go_both_ways(tmp_path_factory: Any, key: bytes, label: str
     assert channel.read_sealed(path, key=key, label=label) == (version, b"other")
 
 
+def test_they_agree_on_a_client_that_proves_enclave_and_name() -> None:
+    server = slow.SlowServer(_CONTEXT.encode())
+    prover = channel.AttestedNodeProver(_KEY, lambda report_data: wire.Evidence.parse(_evidence(report_data)))
+    client = channel.ClientHandshake(_CONTEXT, prove=prover, verify_server=_fast_check, now=lambda: 0.0)
+    flight4, _ = client.flight4(server.f3(client.flight2(server.f1()), _evidence))
+    server.check_f4(flight4, lambda *found: slow.check_attested_node_proof(_SPKI, _check, *found))
+
+
 _VALUES: Any = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**64), 2**64 - 1) | st.floats() | st.text(max_size=9) | st.binary(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),

@@ -6,7 +6,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from cloister import channel, wire
 from cloister.channel import _hybrid, _proof
-from cloister.errors import ChannelError, DecryptionError, EvidenceSignatureError, MalformedMessageError
+from cloister.errors import ChannelError, DecryptionError, EvidenceSignatureError, MalformedMessageError, WireError
 
 _BINDING = channel.Binding(b"\1" * 48, b"\2" * 48, b"\3" * 64)
 
@@ -53,6 +53,24 @@ def test_evidence_proves_a_client_with_a_tee() -> None:
     assert _proof.parse_proof(proof.to_bytes()) == proof
     verifier = channel.EvidenceVerifier(lambda evidence, report_data: (evidence.blob, report_data))
     assert verifier.verify(proof, _BINDING) == (_BINDING.report_data, _BINDING.report_data)
+
+
+def test_both_proofs_travel_as_one() -> None:
+    key = ec.generate_private_key(ec.SECP384R1())
+    proof = channel.AttestedNodeProver(key, lambda data: wire.Evidence("tdx", data, b"")).prove(_BINDING)
+    parsed = _proof.parse_proof(proof.to_bytes())
+    assert parsed == proof
+    verifier = channel.AttestedNodeVerifier(_spki(key), lambda evidence, report_data: (evidence.blob, report_data))
+    assert verifier.verify(parsed, _BINDING) == (_BINDING.report_data, _BINDING.report_data)
+
+
+@pytest.mark.parametrize(
+    "change", [{"evidence": b"junk"}, {"evidence": "text"}, {"signature": bytes(105)}, {"more": 1}], ids=str
+)
+def test_an_attested_proof_has_exactly_a_signature_and_evidence(change: dict[str, object]) -> None:
+    body = {"signature": b"s", "evidence": wire.Evidence("tdx", b"", b"").to_bytes(), **change}
+    with pytest.raises(WireError):
+        _proof.parse_proof(wire.pack("attested-node-proof", body))
 
 
 def test_node_keys_are_on_p384() -> None:
