@@ -35,6 +35,12 @@ def check_count(field: str, value: object, limit: int, *, minimum: int = 0) -> N
         raise LimitExceededError(f"{field} is over the limit of {limit}")
 
 
+def check_flag(field: str, value: object) -> None:
+    """`value` is true or false, and no number."""
+    if not isinstance(value, bool):
+        raise MalformedMessageError(f"{field} is not a truth value")
+
+
 def check_seconds(field: str, value: object, limit: float) -> None:
     """`value` is a finite float within `0..limit`."""
     if not isinstance(value, float) or not math.isfinite(value) or value < 0:

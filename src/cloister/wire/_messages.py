@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal, Self, cast
 
 from cloister.errors import LimitExceededError, MalformedMessageError
 from cloister.wire import _fields, _frame, _limits
-from cloister.wire._base import Message
+from cloister.wire._base import Message, Patient
+from cloister.wire._round_messages import AdmitAnswer, AdmitRequest, RoundAnswer, RoundProgress, RoundRequest
 
 Boundary = Literal["int8", "bf16", "fp32"]
 Task = Literal["causal-lm", "sequence-classification"]
@@ -15,7 +16,7 @@ Split = Literal["train", "test"]
 
 
 @dataclass(frozen=True)
-class PrepareRequest(Message):
+class PrepareRequest(Patient):
     """Server to client: run the near side over your text and upload sealed shards.
 
     Attributes:
@@ -29,18 +30,8 @@ class PrepareRequest(Message):
     patience_s: float
 
     def __post_init__(self) -> None:
-        # An int of seconds is natural to write and has another CBOR encoding; one form only goes out.
-        if type(self.patience_s) is int:
-            object.__setattr__(self, "patience_s", float(self.patience_s))
         _fields.check_bytes("job_sha384", self.job_sha384, _limits.SHA384_BYTES, exact=True)
-        _fields.check_seconds("patience_s", self.patience_s, _limits.MAX_PATIENCE_S)
-
-    @classmethod
-    def from_body(cls, body: dict[str, Any]) -> Self:
-        """As the base; an integer on the wire is refused, so that the message has one encoding."""
-        if not isinstance(body.get("patience_s"), float):
-            raise MalformedMessageError("patience_s is not a number of seconds")
-        return super().from_body(body)
+        self._check_patience()
 
 
 @dataclass(frozen=True)
@@ -230,6 +221,11 @@ RecordMessage = (
     PrepareRequest
     | PrepareProgress
     | Manifest
+    | AdmitRequest
+    | AdmitAnswer
+    | RoundRequest
+    | RoundProgress
+    | RoundAnswer
     | FinishRequest
     | FinishAnswer
     | PredictRequest
@@ -242,6 +238,11 @@ _BY_KIND: dict[str, type[RecordMessage]] = {
         PrepareRequest,
         PrepareProgress,
         Manifest,
+        AdmitRequest,
+        AdmitAnswer,
+        RoundRequest,
+        RoundProgress,
+        RoundAnswer,
         FinishRequest,
         FinishAnswer,
         PredictRequest,

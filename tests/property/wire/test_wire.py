@@ -49,6 +49,8 @@ _ENTRIES = st.builds(
     _COUNTS,
     st.sampled_from(["train", "test"]),
 )
+_ROUNDS = st.integers(1, (1 << 31) - 1)
+_WORK = st.sampled_from(["train", "evaluate"])
 _MANIFESTS = st.builds(
     wire.Manifest,
     run_id=_RUN_IDS,
@@ -65,6 +67,11 @@ _MESSAGES = (
     _MANIFESTS
     | st.builds(wire.PrepareRequest, _SHA, st.floats(0, 86_400))
     | st.tuples(_COUNTS, _COUNTS, _COUNTS).map(lambda n: wire.PrepareProgress(min(n[0], n[1]), n[1], n[2]))
+    | st.builds(wire.AdmitRequest, _SHA, st.floats(0, 86_400))
+    | st.builds(wire.AdmitAnswer, _SHA, _SHA, _SHA, _COUNTS, _COUNTS)
+    | st.builds(wire.RoundRequest, _ROUNDS, _WORK, _BYTES, st.floats(0, 86_400))
+    | st.tuples(_COUNTS, _COUNTS, st.booleans()).map(lambda n: wire.RoundProgress(min(n[0], n[1]), n[1], n[2]))
+    | st.builds(wire.RoundAnswer, _ROUNDS, _WORK, _BYTES, _COUNTS, _BYTES)
     | st.builds(wire.FinishRequest, _BYTES, _BYTES, _BYTES)
     | st.builds(wire.FinishAnswer, _SHA)
     | st.builds(wire.PredictRequest, _BYTES)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,12 +34,18 @@ _RECORD_MESSAGES: list[wire.RecordMessage] = [
     wire.PrepareRequest(_SHA, 10.0),
     wire.PrepareProgress(1, 2, 3),
     _MANIFEST,
+    wire.AdmitRequest(_SHA, 10.0),
+    wire.AdmitAnswer(_SHA, bytes(48), bytes(48), 7, 0),
+    wire.RoundRequest(1, "train", b"adapter", 10.0),
+    wire.RoundProgress(1, 2, False),
+    wire.RoundAnswer(1, "train", b"update", 7, b"{}"),
     wire.FinishRequest(b"{}", b"", b"weights"),
     wire.FinishAnswer(_SHA),
     wire.PredictRequest(b"tensors"),
     wire.PredictAnswer(b"scores"),
     wire.ErrorAnswer("store.full"),
 ]
+_ANY_OF_THE_TYPE = ("body", "patience_s", "shards", "adapter", "facts", "is_lost")
 _CLEAR = [
     wire.Header("run-1", 3, "prepare", "server", "north", 2),
     wire.Envelope("record", b"xyz"),
@@ -69,7 +76,7 @@ def test_unknown_missing_and_mistyped_fields_are_refused(message: Any) -> None:
         for wrong in (None, True, -1, 1 if isinstance(body[field], float) else "\n", 0.5, b"", [], {}, [1], "ä"):
             if type(wrong) is type(body[field]) and cls in (wire.Envelope, wire.Evidence, wire.FinishRequest):
                 continue  # an empty byte string is a right value there
-            if type(wrong) is type(body[field]) and field in ("body", "patience_s", "shards") and wrong != [1]:
+            if type(wrong) is type(body[field]) and field in _ANY_OF_THE_TYPE and wrong != [1]:
                 continue  # empty bodies, half a second and no shards at all are right values
             with pytest.raises(MalformedMessageError):
                 cls.parse(wire.pack(cls.KIND, {**body, field: wrong}))
@@ -189,9 +196,49 @@ def test_number_of_shards_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
         dataclasses.replace(_MANIFEST)
 
 
-def test_progress_is_not_over_its_total() -> None:
+@pytest.mark.parametrize("build", [lambda: wire.PrepareProgress(3, 2, 0), lambda: wire.RoundProgress(3, 2, False)])
+def test_progress_is_not_over_its_total(build: Callable[[], object]) -> None:
     with pytest.raises(LimitExceededError):
-        wire.PrepareProgress(3, 2, 0)
+        build()
+
+
+@pytest.mark.parametrize("message", [m for m in _RECORD_MESSAGES if hasattr(m, "patience_s")], ids=lambda m: m.KIND)
+def test_seconds_have_one_encoding(message: Any) -> None:
+    assert dataclasses.replace(message, patience_s=10).to_bytes() == message.to_bytes()
+    body = wire.unpack(message.to_bytes(), message.KIND)
+    with pytest.raises(MalformedMessageError, match="seconds"):
+        type(message).parse(wire.pack(message.KIND, {**body, "patience_s": 10}))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: wire.RoundRequest(0, "train", b"", 1.0),
+        lambda: wire.RoundRequest(1, "sleep", b"", 1.0),  # pyright: ignore[reportArgumentType]
+        lambda: wire.RoundAnswer(0, "train", b"", 0, b""),
+        lambda: wire.RoundAnswer(1, "sleep", b"", 0, b""),  # pyright: ignore[reportArgumentType]
+        lambda: wire.RoundProgress(0, 0, 1),  # pyright: ignore[reportArgumentType]
+        lambda: wire.AdmitAnswer(_SHA, _SHA, b"", 0, 0),
+        lambda: wire.AdmitAnswer(_SHA, _SHA, _SHA, -1, 0),
+        lambda: wire.AdmitAnswer(_SHA, _SHA, _SHA, 0, -1),
+        lambda: wire.AdmitRequest(b"", 1.0),
+    ],
+)
+def test_a_round_that_does_not_exist(build: Callable[[], object]) -> None:
+    with pytest.raises(MalformedMessageError):
+        build()
+
+
+def test_facts_and_adapters_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LimitExceededError, match="facts"):
+        wire.RoundAnswer(1, "train", b"", 0, bytes((1 << 20) + 1))
+    monkeypatch.setattr(_envelope._limits, "MAX_RELEASE_BYTES", 4)
+    for build in (
+        lambda: wire.RoundRequest(1, "train", bytes(5), 1.0),
+        lambda: wire.RoundAnswer(1, "train", bytes(5), 0, b""),
+    ):
+        with pytest.raises(LimitExceededError, match="adapter"):
+            build()
 
 
 def test_byte_fields_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:

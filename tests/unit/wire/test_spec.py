@@ -22,7 +22,9 @@ def test_limits(limit: int) -> None:
     assert f"{limit:,}" in _SPEC
 
 
-@pytest.mark.parametrize("message", [*_MESSAGES, channel.NodeProof, channel.AttestedNodeProof], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "message", [*_MESSAGES, channel.NodeProof, channel.AttestedNodeProof], ids=lambda m: m.__name__
+)
 def test_kinds_and_fields(message: Any) -> None:
     section = _SPEC.split(f"| `{message.KIND}` |", 1)[1]
     for field in dataclasses.fields(message):

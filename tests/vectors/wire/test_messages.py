@@ -15,6 +15,8 @@ _VECTORS: list[dict[str, Any]] = json.loads(Path(__file__).with_name("messages.j
 
 def _parse(vector: dict[str, Any]) -> Any:
     blob = bytes.fromhex(vector["hex"])
+    if vector["kind"] == channel.AttestedNodeProof.KIND:
+        return channel.AttestedNodeProof.from_body(wire.unpack(blob, vector["kind"]))
     if vector["kind"] == channel.NodeProof.KIND:
         return channel.NodeProof.from_body(wire.unpack(blob, vector["kind"]))
     if vector["kind"] in ("header", "envelope", "evidence"):
