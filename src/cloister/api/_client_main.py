@@ -22,7 +22,7 @@ from ._process import die_with_parent, fail_on_thread_bug, run_main, set_up_logg
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from cloister.federation import ClientPlan
+    from cloister.federation import SplitClientPlan
     from cloister.slicing import BackboneInfo, NearSide
     from cloister.train import NearRun
 
@@ -45,14 +45,15 @@ def main() -> None:
 
 
 def _serve(folder: RunFolder, name: str, socket_path: Path, events: EventFile) -> None:
-    from cloister.federation import ClientRun
+    from cloister.federation import ClientRun, NearWork
 
     from ._plans import client_plan
 
     listener = bind_host_socket(socket_path)
     plan = client_plan(folder.read_job(), folder, Policy.load(folder.policy), name)
     near = NearSideLoader(plan)
-    run = ClientRun(plan, near_run=near.near_run, now=time.time, emit=events.emit)
+    work = NearWork(plan, near.near_run, emit=events.emit)
+    run = ClientRun(plan, work, now=time.time, emit=events.emit)
     events.emit("ready", pid=os.getpid())
     server = HostServer(listener, run.handle)
     threading.Thread(target=server.serve_forever, name="host-port", daemon=True).start()
@@ -63,7 +64,7 @@ def _serve(folder: RunFolder, name: str, socket_path: Path, events: EventFile) -
 class NearSideLoader:
     """Loads the public near side while the relay comes up and the handshake runs; the text is not touched by that."""
 
-    def __init__(self, plan: ClientPlan) -> None:
+    def __init__(self, plan: SplitClientPlan) -> None:
         self._plan = plan
         self._loaded: Future[tuple[NearSide, PreTrainedTokenizerBase, BackboneInfo]] = Future()
 

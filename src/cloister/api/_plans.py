@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cloister.federation import ClientPlan, ModelPlan, ServerPlan
+from cloister.federation import ModelPlan, SplitClientPlan, SplitServerPlan
 
 if TYPE_CHECKING:
     from cloister.attest import Policy
@@ -31,9 +31,9 @@ def _is_encoder(folder: RunFolder) -> bool:
     return inspect_backbone(folder.model).is_encoder
 
 
-def server_plan(job: Job, folder: RunFolder, policy: Policy, node_keys: dict[str, bytes]) -> ServerPlan:
+def server_plan(job: Job, folder: RunFolder, policy: Policy, node_keys: dict[str, bytes]) -> SplitServerPlan:
     """The server enclave's plan."""
-    return ServerPlan(
+    return SplitServerPlan(
         run_id=folder.run_id,
         job_sha384=job.sha384,
         policy=policy,
@@ -56,7 +56,7 @@ def server_plan(job: Job, folder: RunFolder, policy: Policy, node_keys: dict[str
     )
 
 
-def client_plan(job: Job, folder: RunFolder, policy: Policy, name: str, *, with_data: bool = True) -> ClientPlan:
+def client_plan(job: Job, folder: RunFolder, policy: Policy, name: str, *, with_data: bool = True) -> SplitClientPlan:
     """One client's plan; opens its datasets, so a missing file or column shows here (not for a mere question)."""
     from cloister.train import open_dataset
 
@@ -68,7 +68,7 @@ def client_plan(job: Job, folder: RunFolder, policy: Policy, name: str, *, with_
         for split, data in client.datasets.items()
         if with_data
     }
-    return ClientPlan(
+    return SplitClientPlan(
         run_id=folder.run_id,
         name=name,
         job_sha384=job.sha384,

@@ -20,7 +20,7 @@ from ._plans import client_plan
 if TYPE_CHECKING:
     from cloister.attest import Decision
     from cloister.config import Job
-    from cloister.federation import ClientPlan
+    from cloister.federation import SplitClientPlan
 
     from ._events import OnEvent
 
@@ -95,7 +95,7 @@ def _enclave(job: Job, folder: RunFolder, tell: OnEvent, programs: Programs | No
         yield launch.server_socket
 
 
-def _ask(plan: ClientPlan, questioner: Questioner, texts: list[Any], max_new_tokens: int) -> list[dict[str, Any]]:
+def _ask(plan: SplitClientPlan, questioner: Questioner, texts: list[Any], max_new_tokens: int) -> list[dict[str, Any]]:
     from cloister.slicing import inspect_backbone, load_near, load_tokenizer
     from cloister.train import NearEncoder
 

@@ -68,7 +68,7 @@ def _serve(folder: RunFolder, socket_path: Path, events: EventFile) -> None:
     )
     provision = sys.stdin.buffer.read(MAX_PROVISION_BYTES) if backend.needs_provision else b""
 
-    from cloister.federation import ServerRun
+    from cloister.federation import SplitServer
 
     from ._plans import server_plan
 
@@ -81,7 +81,7 @@ def _serve(folder: RunFolder, socket_path: Path, events: EventFile) -> None:
     measured = Measured(tuple(events_of_self), layers, provision)
     attester = backend.start(measured)
     plan = server_plan(job, folder, policy, node_keys)
-    run = ServerRun(plan, attester, now=time.time, emit=events.emit)
+    run = SplitServer(plan, attester, now=time.time, emit=events.emit)
     events.emit("ready", layers=list(layers), rtmr3=measured.register.hex(), pid=os.getpid())
     server = HostServer(listener, run.handle)
     threading.Thread(target=server.serve_forever, name="host-port", daemon=True).start()

@@ -1,7 +1,7 @@
 """A run over many parties: the state machine of server enclave and clients, and Flower as the untrusted relay.
 
 The only package that imports Flower, and only in its relay and couriers: what runs inside an enclave (`ServerRun`) or
-over an institution's text (`ClientRun`) never loads it.
+over an institution's text (`ClientRun`) never loads it. What the methods do not share is in `_split`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 from cloister._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from cloister.federation._asking import Questioner
-    from cloister.federation._client import ClientRun, ServerLink
+    from cloister.federation._client import ClientRun, ClientWork, ServerLink
     from cloister.federation._keys import (
         generate_node_key,
         load_node_key,
@@ -20,20 +19,28 @@ if TYPE_CHECKING:
         register_node_key,
         write_node_key,
     )
-    from cloister.federation._plan import ClientPlan, ModelPlan, ServerPlan
+    from cloister.federation._plan import ClientPlan, ModelPlan, ServerPlan, SplitClientPlan, SplitServerPlan
     from cloister.federation._relay import ClientEndpoint, Relay
     from cloister.federation._server import ServerRun
+    from cloister.federation._split.asking import Questioner
+    from cloister.federation._split.client import NearWork
+    from cloister.federation._split.server import SplitServer
 
 _HOME = {
     "ClientEndpoint": "_relay",
     "ClientPlan": "_plan",
     "ClientRun": "_client",
+    "ClientWork": "_client",
     "ModelPlan": "_plan",
-    "Questioner": "_asking",
+    "NearWork": "_split.client",
+    "Questioner": "_split.asking",
     "Relay": "_relay",
     "ServerLink": "_client",
     "ServerPlan": "_plan",
     "ServerRun": "_server",
+    "SplitClientPlan": "_plan",
+    "SplitServer": "_split.server",
+    "SplitServerPlan": "_plan",
     "generate_node_key": "_keys",
     "load_node_key": "_keys",
     "read_node_key": "_keys",
@@ -45,12 +52,17 @@ __all__ = [
     "ClientEndpoint",
     "ClientPlan",
     "ClientRun",
+    "ClientWork",
     "ModelPlan",
+    "NearWork",
     "Questioner",
     "Relay",
     "ServerLink",
     "ServerPlan",
     "ServerRun",
+    "SplitClientPlan",
+    "SplitServer",
+    "SplitServerPlan",
     "generate_node_key",
     "load_node_key",
     "read_node_key",

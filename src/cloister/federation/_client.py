@@ -1,4 +1,4 @@
-"""One institution's client process (Method 2): answers the server enclave through the untrusted relay.
+"""One institution's client process: answers the server enclave through the untrusted relay, in either method.
 
 It releases nothing before it has verified the server enclave's evidence against this institution's own policy. Every
 answer is kept until the next request, so a repeated request gets the same sealed bytes.
@@ -10,11 +10,11 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from cloister._files import write_whole
 from cloister.attest import Decision, verify_evidence
-from cloister.channel import ClientHandshake, NodeKeyProver, Session, SessionContext
+from cloister.channel import ClientHandshake, ClientProver, NodeKeyProver, Session, SessionContext
 from cloister.errors import (
     AttestationError,
     ChannelError,
@@ -34,9 +34,6 @@ from cloister.wire import (
     FinishAnswer,
     FinishRequest,
     Header,
-    Manifest,
-    PrepareProgress,
-    PrepareRequest,
     RecordMessage,
     parse_message,
 )
@@ -46,8 +43,9 @@ from ._policy_file import PolicyFile
 from ._report import parse_report, report_data
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric import ec
+
     from cloister.attest import Policy
-    from cloister.train import NearRun
 
     from ._plan import ClientPlan
 
@@ -73,7 +71,7 @@ class ServerLink:
     it then raises `NoSessionError`, and only a new handshake, under the policy of that moment, opens another.
 
     Args:
-        prover: proves this client's registered node key in F4.
+        prove: makes the prover of F4 from the node's private key; by default the key alone.
         on_decision: told of every decision about the server's evidence, accepted or not.
         policy_source: this client's policy now; by default what the file of `plan.policy` holds.
     """
@@ -85,6 +83,7 @@ class ServerLink:
         now: Callable[[], float],
         on_decision: Callable[[Decision | AttestationError], None],
         policy_source: Callable[[], Policy] | None = None,
+        prove: Callable[[ec.EllipticCurvePrivateKey], ClientProver] = NodeKeyProver,
     ) -> None:
         self._plan = plan
         self._now = now
@@ -93,7 +92,7 @@ class ServerLink:
         self._policy = plan.policy
         self._n_unanswered = 0
         key = load_node_key(plan.node_key)
-        self._prover = NodeKeyProver(key)
+        self._prover = prove(key)
         self._public_key = spki(key.public_key())
         self._handshake: ClientHandshake | None = None
         self.session: Session | None = None
@@ -196,30 +195,47 @@ class ServerLink:
         return decision
 
 
+class ClientWork(Protocol):
+    """What one method does on a client's side."""
+
+    def serve(self, message: RecordMessage) -> RecordMessage:
+        """Answer a request of the verified server enclave; within the request's patience, by progress if need be.
+
+        Raises:
+            CloisterError: the work failed; the server is told the code.
+        """
+        ...
+
+    def stop(self) -> None:
+        """End at the next step."""
+        ...
+
+
 class ClientRun:
-    """Answers opaque requests that the courier brings (`handle`); works on the data in a thread of its own."""
+    """Answers opaque requests that the courier brings (`handle`). What a method asks for, its `ClientWork` does.
+
+    Args:
+        work: this institution's part of the method; told through `emit`, ended by `stop`.
+        prove: makes the prover of F4 from the node's private key; by default the key alone (a client without a TEE).
+    """
 
     def __init__(
         self,
         plan: ClientPlan,
+        work: ClientWork,
         *,
-        near_run: Callable[[Callable[[int, int, int], None], threading.Event], NearRun],
         now: Callable[[], float],
         emit: Callable[..., None],
+        prove: Callable[[ec.EllipticCurvePrivateKey], ClientProver] = NodeKeyProver,
     ) -> None:
         self._plan = plan
-        self._near_run = near_run
+        self._work = work
         self._emit = emit
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._link = ServerLink(plan, now=now, on_decision=self._tell_decision)
+        self._link = ServerLink(plan, now=now, on_decision=self._tell_decision, prove=prove)
         self._answers: dict[str, tuple[bytes, bytes]] = {}
-        self._worker: threading.Thread | None = None
-        self._progress = (0, 0, 0)
-        self._manifest: Manifest | None = None
-        self._failure: CloisterError | None = None
         self._told: CloisterError | None = None
-        self._idle = threading.Event()
 
     def handle(self, method: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """One call of the courier. `body` is untrusted."""
@@ -232,6 +248,8 @@ class ClientRun:
         raise MalformedMessageError(f"unknown host call {method!r}")
 
     def stop(self) -> None:
+        """Ends this side's work at its next step."""
+        self._work.stop()
         self._stop.set()
 
     def wait_for_stop(self) -> None:
@@ -278,44 +296,17 @@ class ClientRun:
         return Envelope("record", self._link.seal(reply, answer.to_bytes()))
 
     def _serve(self, message: RecordMessage) -> RecordMessage:
-        if isinstance(message, PrepareRequest):
-            return self._prepare(message)
         if isinstance(message, FinishRequest):
             return self._finish(message)
-        raise MalformedMessageError(f"a client does not answer {message.KIND}")
-
-    # --- prepare ------------------------------------------------------------------------------------------------
-
-    def _prepare(self, request: PrepareRequest) -> RecordMessage:
-        if request.job_sha384 != self._plan.job_sha384:
-            raise JobMismatchError("the server asks for a job that this client has not approved", peer="server")
         if self._kept_report() is not None:
             raise RollbackError(
                 "the server enclave asks for data of a run whose report it has already delivered",
                 hint="its sealed state was replaced by an older one, or removed; predictions still work on the newest",
             )
-        if self._worker is None:
-            self._worker = threading.Thread(target=self._work, name="near-run", daemon=True)
-            self._worker.start()
-        self._idle.wait(timeout=request.patience_s)
-        if self._failure is not None:
-            raise self._failure
-        if self._manifest is not None:
-            return self._manifest
-        n_done, n_total, n_bytes = self._progress
-        return PrepareProgress(n_done, n_total, n_bytes)
-
-    def _work(self) -> None:
-        try:
-            self._manifest = self._near_run(self._tell_progress, self._stop).run(self._plan.datasets)
-        except CloisterError as error:
-            self._failure = error
-        finally:
-            self._idle.set()
-
-    def _tell_progress(self, n_done: int, n_total: int, n_bytes: int) -> None:
-        self._progress = (n_done, n_total, n_bytes)
-        self._emit("progress", client=self._plan.name, n_done=n_done, n_total=n_total, n_bytes=n_bytes)
+        job_sha384 = getattr(message, "job_sha384", self._plan.job_sha384)
+        if job_sha384 != self._plan.job_sha384:
+            raise JobMismatchError("the server asks for a job that this client has not approved", peer="server")
+        return self._work.serve(message)
 
     # --- finish -------------------------------------------------------------------------------------------------
 

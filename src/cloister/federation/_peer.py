@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cloister.channel import NodeKeyVerifier, ServerHandshake, Session, SessionContext
+from cloister.channel import ClientVerifier, NodeKeyVerifier, ServerHandshake, Session, SessionContext
 from cloister.errors import (
     AttestationError,
     ChannelError,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 ROUND = 1
-"""Method 2 has one round: each example crosses once, whatever the number of epochs."""
+"""Of every message outside of Method 1's rounds: in Method 2 each example crosses once, whatever the epochs."""
 
 MAX_STRIKES = 5
 """Unusable answers from one peer without an answered request in between, before it counts as failed. A handshake that
@@ -53,17 +53,26 @@ class Peer:
     """
 
     def __init__(
-        self, name: str, context: SessionContext, attester: Attester, *, max_age_s: float, now: Callable[[], float]
+        self,
+        name: str,
+        context: SessionContext,
+        attester: Attester,
+        *,
+        verify_client: ClientVerifier | None = None,
+        max_age_s: float,
+        now: Callable[[], float],
     ) -> None:
         self.name = name
         self._context = context
         self._attester = attester
+        self._verify_client = verify_client or NodeKeyVerifier(context.node_public_key)
         self._max_age_s = max_age_s
         self._now = now
         self._handshake: ServerHandshake | None = None
         self._awaits = ""
         self._strikes = 0
         self._attempt = 0
+        self._round = ROUND
         self.session: Session | None = None
         self.outstanding: bytes | None = None
         self.in_flight = False
@@ -85,21 +94,22 @@ class Peer:
         self._handshake = ServerHandshake(
             self._context,
             make_evidence=self._make_evidence,
-            verify_client=NodeKeyVerifier(self._context.node_public_key),
+            verify_client=self._verify_client,
             now=self._now,
             max_session_age_s=self._max_age_s,
         )
         self._expect("f2", Envelope("f1", self._handshake.flight1()))
 
-    def request(self, message: RecordMessage) -> None:
-        """Seals one message to the client; its answer comes out of `receive`."""
+    def request(self, message: RecordMessage, *, n_round: int = ROUND) -> None:
+        """Seals one message to the client; its answer comes out of `receive`, in the same round."""
         if self.session is None:
             raise NoSessionError(f"no session with client {self.name}")
         if self._now() - self.session.opened_at > self._max_age_s:
             self.connect()  # full attestation anew; the run asks again once the new session stands
             return
         self._attempt += 1
-        header = Header(self._context.run_id, ROUND, message.KIND, "server", self.name, self._attempt)
+        self._round = n_round
+        header = Header(self._context.run_id, n_round, message.KIND, "server", self.name, self._attempt)
         self._expect("record", Envelope("record", self.session.seal(header, message.to_bytes())))
 
     def receive(self, blob: bytes) -> RecordMessage | None:
@@ -151,7 +161,7 @@ class Peer:
             header, plaintext = self.session.open(envelope.body)
             if (header.run_id, header.round, header.sender, header.receiver, header.attempt) != (
                 self._context.run_id,
-                ROUND,
+                self._round,
                 self.name,
                 "server",
                 self._attempt,

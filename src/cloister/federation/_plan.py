@@ -28,9 +28,9 @@ class ModelPlan:
     boundary: Boundary
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServerPlan:
-    """What the server enclave works by.
+    """What the server enclave works by, in either method.
 
     Attributes:
         node_keys: client name to its registered node key (DER SubjectPublicKeyInfo): who may take part.
@@ -45,30 +45,41 @@ class ServerPlan:
     policy: Policy
     task: TaskSpec
     train: TrainSpec
-    lora: LoraSpec
-    model: ModelPlan
     node_keys: dict[str, bytes]
-    baselines: tuple[str, ...]
     inbox: Path
     work: Path
     store_url: str
+    store_options: dict[str, object] = field(default_factory=dict)
     min_clients: int
     timeout_s: float
     patience_s: float
-    memory_budget_bytes: int
     release: str = "none"
     live_metrics: bool = True
-    store_options: dict[str, object] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class SplitServerPlan(ServerPlan):
+    """What the server enclave needs for Method 2 on top.
+
+    Attributes:
+        baselines: what the tuned model is compared with.
+        memory_budget_bytes: for the features that it keeps in memory.
+    """
+
+    lora: LoraSpec
+    model: ModelPlan
+    baselines: tuple[str, ...]
+    memory_budget_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClientPlan:
-    """What one institution's client process works by. All of it is this institution's own.
+    """What one institution's client process works by, in either method. All of it is this institution's own.
 
     Attributes:
         node_key: path of the node's private key (EC P-384 PEM); never leaves this machine.
         policy: what this client demands of the server enclave before it releases anything.
-        work: folder for the journal of sealed shards and, at the end, the run report.
+        work: folder for what is kept of the run, in the end its report.
     """
 
     run_id: str
@@ -77,11 +88,17 @@ class ClientPlan:
     policy: Policy
     server_policy_sha384: bytes
     task: TaskSpec
-    model: ModelPlan
     datasets: dict[str, Dataset]
     node_key: Path
     work: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitClientPlan(ClientPlan):
+    """What a client needs for Method 2 on top: the cut, and where sealed shards go."""
+
+    model: ModelPlan
     store_url: str
+    store_options: dict[str, object] = field(default_factory=dict)
     shard_max_bytes: int
     near_batch_size: int = 32
-    store_options: dict[str, object] = field(default_factory=dict)

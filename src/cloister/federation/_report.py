@@ -29,39 +29,25 @@ def sign_report(report: bytes, attester: Attester) -> bytes:
     return attester.evidence(report_data(report)).to_bytes()
 
 
-def run_report(plan: ServerPlan, state: RunState, claims: Mapping[str, Any], *, relay_bytes: int) -> bytes:
-    """Canonical JSON of the run report; every client of the run sees it."""
-    counts = {name: _counts(manifest.shards) for name, manifest in sorted(state.manifests.items())}
+def run_report(
+    plan: ServerPlan, state: RunState, facts: Mapping[str, Any], claims: Mapping[str, Any], *, relay_bytes: int
+) -> bytes:
+    """Canonical JSON of the run report; every client of the run sees it. `facts` are the method's own."""
+    own = dict(facts)
     report = {
         "version": 1,
         "run_id": plan.run_id,
-        "method": "split",
         "task": plan.task.name,
         "job_sha384": plan.job_sha384.hex(),
         "policy_sha384": plan.policy.sha384.hex(),
-        "cut_layer": plan.model.cut_layer,
-        "boundary": plan.model.boundary,
         "release": plan.release,
         "seed": plan.train.seed,
-        "n_examples": counts,
-        "n_truncated": {name: manifest.n_truncated for name, manifest in sorted(state.manifests.items())},
-        "left_out": sorted(set(plan.node_keys) - set(state.manifests)),
-        "bytes": {
-            "store": sum(entry.n_bytes for m in state.manifests.values() for entry in m.shards),
-            "relay": relay_bytes,
-        },
+        "bytes": {"store": own.pop("store_bytes", 0), "relay": relay_bytes},
         "enclave": {key: _plain(value) for key, value in claims.items()},
+        **own,
         **state.results,
     }
     return json.dumps(report, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _counts(shards: Any) -> dict[str, int]:
-    counts = {"train": 0, "test": 0, "tokens": 0}
-    for entry in shards:
-        counts[entry.split] += entry.n_examples
-        counts["tokens"] += entry.n_tokens
-    return counts
 
 
 def _plain(value: Any) -> Any:

@@ -1,23 +1,24 @@
-"""The run's state machine inside the server enclave (Method 2).
+"""The run inside the server enclave, in what both methods share: the host port, the clients, the report.
 
-    prepare   every client: handshake F1-F4, then its sealed manifest; the host lays the sealed shards in the inbox
-    train     far side over the global shuffle of all clients' features
-    evaluate  held-out features of every client, then the baselines the job asks for
+    prepare   every client: handshake F1-F4, then what the method needs of it before work begins
+    train     the method's work
+    evaluate  held-out examples of every client
     finish    the run report, signed by evidence over its hash, sealed to every client
-    done      only prediction is answered
+    done      only what the method answers after a run
 
 The host's courier polls and delivers opaque blobs; it decides nothing. What must survive a kill is in sealed files at
-phase ends (and in the trainer's checkpoint), so a restarted enclave of the same measurement continues.
+phase ends (and in the method's checkpoints), so a restarted enclave of the same measurement continues.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from cloister.channel import SessionContext
+from cloister.channel import ClientVerifier, NodeKeyVerifier, SessionContext
 from cloister.errors import (
     FederationError,
     InsufficientClientsError,
@@ -25,19 +26,9 @@ from cloister.errors import (
     PeerError,
     error_for_code,
 )
-from cloister.wire import (
-    ErrorAnswer,
-    FinishAnswer,
-    FinishRequest,
-    Manifest,
-    PrepareProgress,
-    PrepareRequest,
-    RecordMessage,
-)
+from cloister.wire import ErrorAnswer, FinishAnswer, FinishRequest, RecordMessage
 
-from ._answers import PredictDesk
-from ._far_work import FarWork
-from ._peer import Peer
+from ._peer import ROUND, Peer
 from ._report import run_report, sign_report
 from ._state import RunState
 
@@ -55,8 +46,8 @@ LOST_MESSAGE_S = 60.0
 """A message that a courier took and has not answered for this long is handed out again, unchanged."""
 
 
-class ServerRun:
-    """Answers the host port (`handle`) and does the work (`work`), in two threads.
+class ServerRun(ABC):
+    """Answers the host port (`handle`) and does the work (`work`), in two threads. A method is a subclass.
 
     Args:
         plan: the measured job.
@@ -79,13 +70,57 @@ class ServerRun:
         self._peers = {name: self._new_peer(name) for name in sorted(plan.node_keys)}
         self._finished: set[str] = set()
         self._relay_bytes = 0
-        self._far = FarWork(plan, self._state, attester, emit=emit, stop=self._stop)
-        self._desk = PredictDesk(self._new_peer, self._far)
 
     def _new_peer(self, name: str) -> Peer:
         plan = self._plan
         context = SessionContext(plan.run_id, name, plan.policy.sha384, plan.policy.sha384, plan.node_keys[name])
-        return Peer(name, context, self._attester, max_age_s=plan.policy.max_session_age_s, now=self._now)
+        return Peer(
+            name,
+            context,
+            self._attester,
+            verify_client=self._client_verifier(plan.node_keys[name]),
+            max_age_s=plan.policy.max_session_age_s,
+            now=self._now,
+        )
+
+    def _client_verifier(self, node_key: bytes) -> ClientVerifier:
+        """What a client must prove in F4; by default that it holds its registered node key."""
+        return NodeKeyVerifier(node_key)
+
+    # --- what a method says ---------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _work(self) -> None:
+        """Every phase up to "finish" that the sealed state does not already hold the result of."""
+
+    @abstractmethod
+    def _next_work(self, name: str) -> tuple[int, RecordMessage] | None:
+        """Round and request that this client is due, before "finish"; None for nothing."""
+
+    @abstractmethod
+    def _take_work(self, name: str, message: RecordMessage) -> bool:
+        """Takes a client's answer. False where it is no answer of this method."""
+
+    @abstractmethod
+    def _members(self) -> Collection[str]:
+        """Clients that have a part in the result, and get the report."""
+
+    @abstractmethod
+    def _release(self) -> bytes:
+        """What the job lets leave the enclave at the end; empty for nothing."""
+
+    @property
+    @abstractmethod
+    def is_serving(self) -> bool:
+        """Whether the run is done and the tuned model is at hand."""
+
+    def _to_fetch(self) -> list[str]:
+        """Shards that the host shall lay in the inbox."""
+        return []
+
+    def _exchange(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """A question to the tuned model."""
+        raise FederationError("this run's server enclave answers no questions", hint="ask in the client's own enclave")
 
     # --- the host port ------------------------------------------------------------------------------------------
 
@@ -98,16 +133,11 @@ class ServerRun:
         if method == "status":
             return {"phase": self._state.phase, "serving": self.is_serving}
         if method == "exchange":
-            return self._desk.exchange(body, is_open=self.is_serving)
+            return self._exchange(body)
         if method == "stop":
             self.stop()
             return {}
         raise MalformedMessageError(f"unknown host call {method!r}")
-
-    @property
-    def is_serving(self) -> bool:
-        """Whether the run is done and the tuned far side is loaded."""
-        return self._state.phase == "done" and self._far.is_loaded
 
     def stop(self) -> None:
         """Ends `work` at the next step; what was trained up to the last checkpoint is kept."""
@@ -124,7 +154,6 @@ class ServerRun:
         with self._lock:
             for peer in self._peers.values():
                 peer.close()
-        self._desk.close()
 
     def _poll(self, body: Mapping[str, Any]) -> dict[str, Any]:
         courier = str(body.get("courier", ""))
@@ -138,7 +167,7 @@ class ServerRun:
             self._relay_bytes += sum(len(send["blob"]) for send in sends)
             return {
                 "send": sends,
-                "fetch": self._missing_shards(),
+                "fetch": self._to_fetch(),
                 "inbox": str(self._plan.inbox),
                 "store": self._plan.store_url,
                 "store_options": dict(self._plan.store_options),
@@ -152,13 +181,13 @@ class ServerRun:
         if peer.in_flight and self._now() - peer.taken_at > LOST_MESSAGE_S + self._plan.patience_s:
             peer.in_flight = False
         if peer.outstanding is None:
-            message = self._next_message(peer.name)
-            if message is None:
+            due = self._due(peer.name)
+            if due is None:
                 return False
             if peer.session is None:
                 peer.connect()
             else:
-                peer.request(message)
+                peer.request(due[1], n_round=due[0])
         return peer.outstanding is not None and not peer.in_flight
 
     def _take(self, peer: Peer) -> dict[str, Any]:
@@ -166,13 +195,12 @@ class ServerRun:
         peer.taken_at = self._now()
         return {"client": peer.name, "attempt": 0, "blob": peer.outstanding, "timeout_s": LOST_MESSAGE_S}
 
-    def _next_message(self, name: str) -> RecordMessage | None:
-        if self._state.phase == "prepare" and name not in self._state.manifests:
-            return PrepareRequest(self._plan.job_sha384, self._plan.patience_s)
-        if self._state.phase == "finish" and name not in self._finished:
-            report, evidence, release = self._state.report, self._state.report_evidence, self._far.release_bytes()
-            return FinishRequest(report, evidence, release)
-        return None
+    def _due(self, name: str) -> tuple[int, RecordMessage] | None:
+        if self._state.phase != "finish":
+            return self._next_work(name)
+        if name in self._finished:
+            return None
+        return ROUND, FinishRequest(self._state.report, self._state.report_evidence, self._release())
 
     def _deliver(self, body: Mapping[str, Any]) -> dict[str, Any]:
         name, blob = body.get("client"), body.get("blob")
@@ -194,22 +222,13 @@ class ServerRun:
         return {}
 
     def _take_answer(self, peer: Peer, message: RecordMessage) -> None:
-        if isinstance(message, PrepareProgress):
-            self._emit("progress", client=peer.name, n_done=message.n_done, n_total=message.n_total,
-                       n_bytes=message.n_bytes)  # fmt: skip
-        elif isinstance(message, Manifest):
-            self._state.accept_manifest(peer.name, message)
-        elif isinstance(message, FinishAnswer):
+        if isinstance(message, FinishAnswer):
             self._finished.add(peer.name)
         elif isinstance(message, ErrorAnswer):
             peer.fail(message.code)
             raise PeerError(f"client {peer.name} stopped: {message.code}", peer=peer.name, peer_code=message.code)
-        else:
+        elif not self._take_work(peer.name, message):
             raise PeerError(f"client {peer.name} answered {message.KIND}", peer=peer.name, peer_code="wire.malformed")
-
-    def _missing_shards(self) -> list[str]:
-        wanted = [entry for manifest in self._state.manifests.values() for entry in manifest.shards]
-        return [e.name for e in wanted if not _is_there(self._plan.inbox / e.name, e.n_bytes)]
 
     # --- the work -----------------------------------------------------------------------------------------------
 
@@ -219,28 +238,17 @@ class ServerRun:
         Raises:
             CloisterError: the run cannot go on; everything finished so far is in sealed files.
         """
-        if self._state.phase == "prepare":
-            self._phase("prepare", self._prepare)
-            self._state.advance("train")
-        else:
-            self._far.load()
-        if self._state.phase in ("train", "evaluate"):
-            self._far.open_features()
-        if self._state.phase == "train":
-            self._phase("train", self._far.train)
-            self._check_stop()
-            self._state.advance("evaluate")
-        if self._state.phase == "evaluate":
-            self._phase("evaluate", self._far.evaluate)
-            self._phase("baselines", self._far.baselines)
-            self._check_stop()
-            report = run_report(self._plan, self._state, self._attester.claims(), relay_bytes=self._relay_bytes)
-            self._state.set_report(report, sign_report(report, self._attester))
-            self._state.advance("finish")
+        self._work()
         if self._state.phase == "finish":
             self._phase("finish", self._await_finish)
             self._state.advance("done")
         self._emit("done")
+
+    def _sign_report(self, facts: Mapping[str, Any]) -> None:
+        """Makes the run report of these and the common facts, and ends the phase."""
+        report = run_report(self._plan, self._state, facts, self._attester.claims(), relay_bytes=self._relay_bytes)
+        self._state.set_report(report, sign_report(report, self._attester))
+        self._state.advance("finish")
 
     def _phase(self, name: str, body: Callable[[], None]) -> None:
         self._emit("phase", phase=name, status="begin")
@@ -248,27 +256,39 @@ class ServerRun:
         if not self._stop.is_set():
             self._emit("phase", phase=name, status="end")
 
-    def _prepare(self) -> None:
-        self._far.load()  # while the clients shake hands and work
-        self._await_features()
+    def _await(
+        self,
+        waiting: Callable[[], list[str]],
+        there: Callable[[], int],
+        *,
+        is_whole: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Blocks until no client is waited for, or those that are have been silent for `timeout_s`.
 
-    def _await_features(self) -> None:
+        Args:
+            waiting: clients that have not answered and have not failed.
+            there: how many have answered.
+            is_whole: whether what the host brings is there too.
+
+        Raises:
+            InsufficientClientsError, PeerError: fewer than `min_clients` are left.
+            FederationError: stopped by the host.
+        """
         with self._changed:
             while not self._stop.is_set():
-                waiting = [n for n, p in self._peers.items() if n not in self._state.manifests and not p.failed]
-                if not waiting and not self._missing_shards():
+                names = waiting()
+                if not names and is_whole():
                     break
-                if waiting and all(self._is_late(name) for name in waiting) and not self._missing_shards():
-                    self._emit("warning", cause=f"left out, no answer for {self._plan.timeout_s:.0f} s: {waiting}")
+                if names and all(self._is_late(name) for name in names) and is_whole():
+                    self._emit("warning", cause=f"left out, no answer for {self._plan.timeout_s:.0f} s: {names}")
                     break
                 self._refuse_if_hopeless()
                 self._changed.wait(0.1)
             self._check_stop()
             self._refuse_if_hopeless()
-            if len(self._state.manifests) < self._plan.min_clients:
+            if there() < self._plan.min_clients:
                 raise InsufficientClientsError(
-                    f"{len(self._state.manifests)} of {len(self._peers)} clients delivered, "
-                    f"min_clients is {self._plan.min_clients}",
+                    f"{there()} of {len(self._peers)} clients delivered, min_clients is {self._plan.min_clients}",
                     hint="see the clients' own logs, or raise federation.timeout_s",
                 )
 
@@ -291,10 +311,7 @@ class ServerRun:
     def _await_finish(self) -> None:
         with self._changed:
             while not self._stop.is_set():
-                waiting = [
-                    n for n, p in self._peers.items() if n in self._state.manifests and n not in self._finished
-                    and not p.failed
-                ]  # fmt: skip
+                waiting = [n for n in self._members() if n not in self._finished and not self._peers[n].failed]
                 if not waiting or all(self._is_late(name) for name in waiting):
                     break
                 self._changed.wait(0.1)
@@ -303,10 +320,3 @@ class ServerRun:
     def _check_stop(self) -> None:
         if self._stop.is_set():
             raise FederationError("stopped by the host", hint="resume the run: its sealed state is kept")
-
-
-def _is_there(path: Any, n_bytes: int) -> bool:
-    try:
-        return path.stat().st_size == n_bytes
-    except OSError:
-        return False

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cloister.channel import CountedFile, Counter, Uncounted
 from cloister.errors import DecryptionError, JobMismatchError, MalformedMessageError
-from cloister.wire import Manifest, pack, unpack
+from cloister.wire import Boundary, Manifest, pack, unpack
 
 if TYPE_CHECKING:
     from ._plan import ServerPlan
@@ -99,7 +99,7 @@ class RunState:
         self.report_evidence = evidence
         self.save()
 
-    def accept_manifest(self, client: str, manifest: Manifest) -> None:
+    def accept_manifest(self, client: str, manifest: Manifest, *, boundary: Boundary) -> None:
         """Takes a client's manifest once it says what the job says; a second one is ignored.
 
         Raises:
@@ -109,7 +109,7 @@ class RunState:
             return
         plan = self._plan
         said = (manifest.run_id, manifest.client, manifest.job_sha384, manifest.boundary, manifest.task)
-        due = (plan.run_id, client, plan.job_sha384, plan.model.boundary, plan.task.name)
+        due = (plan.run_id, client, plan.job_sha384, boundary, plan.task.name)
         if said != due:
             raise JobMismatchError(f"client {client} sent a manifest of another run, job or encoding", peer=client)
         self.manifests[client] = manifest

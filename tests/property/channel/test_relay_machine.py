@@ -76,10 +76,10 @@ class NotingClient(_client.ClientRun):
         policy = Policy.load(path)
         nothing: Any = None
         plan = ClientPlan(
-            "run-1", name, bytes(48), policy, policy.sha384, nothing, nothing, {}, world().folder / f"{name}.pem",
-            world().folder, "", 0,
+            run_id="run-1", name=name, job_sha384=bytes(48), policy=policy, server_policy_sha384=policy.sha384,
+            task=nothing, datasets={}, node_key=world().folder / f"{name}.pem", work=world().folder,
         )  # fmt: skip
-        super().__init__(plan, near_run=nothing, now=lambda: machine.now, emit=lambda *_, **__: None)
+        super().__init__(plan, nothing, now=lambda: machine.now, emit=lambda *_, **__: None)
 
     def _serve(self, message: wire.RecordMessage) -> wire.RecordMessage:
         name = self._plan.name

@@ -22,13 +22,13 @@ from cloister.errors import (
     PolicyRejectedError,
     RollbackError,
 )
-from cloister.federation import ClientPlan, Questioner, ServerLink, generate_node_key, load_node_key
-from cloister.federation._answers import PredictDesk
+from cloister.federation import ClientPlan, NearWork, Questioner, ServerLink, generate_node_key, load_node_key
 from cloister.federation._client import MAX_UNANSWERED, ClientRun
 from cloister.federation._keys import spki
 from cloister.federation._peer import MAX_STRIKES, Peer
 from cloister.federation._policy_file import PolicyFile
 from cloister.federation._report import report_data
+from cloister.federation._split.answers import PredictDesk
 from cloister.wire import (
     Envelope,
     Evidence,
@@ -65,17 +65,19 @@ class World:
         self.client = self.new_client()
 
     def plan(self) -> ClientPlan:
-        policy, nothing = Policy.load(self.policy_path), None
+        policy = Policy.load(self.policy_path)
         return ClientPlan(
-            "run-1", "north", b"\5" * 48, policy, policy.sha384, nothing, nothing, {}, self.folder / "node.pem",
-            self.folder, "", 0,
+            run_id="run-1", name="north", job_sha384=b"\5" * 48, policy=policy, server_policy_sha384=policy.sha384,
+            task=None, datasets={}, node_key=self.folder / "node.pem", work=self.folder,
         )  # type: ignore[arg-type]  # fmt: skip
 
     def new_client(self) -> ClientRun:
-        return ClientRun(
-            self.plan(), near_run=lambda *_: _Waiting(), now=lambda: self.now,
-            emit=lambda event, **fields: self.said.append({"event": event, **fields}),
-        )  # type: ignore[arg-type,return-value]  # fmt: skip
+        def say(event: str, **fields: Any) -> None:
+            self.said.append({"event": event, **fields})
+
+        plan: Any = self.plan()
+        work = NearWork(plan, lambda *_: _Waiting(), emit=say)  # type: ignore[arg-type,return-value]
+        return ClientRun(plan, work, now=lambda: self.now, emit=say)
 
     def new_peer(self, name: str = "north") -> Peer:
         if name != "north":

@@ -14,6 +14,9 @@ from cloister.errors import (
     PolicyRejectedError,
     error_for_code,
 )
+from cloister.federation._client import ServerLink
+from cloister.federation._peer import ROUND
+from cloister.federation._split.answers import ANSWER_KIND
 from cloister.wire import (
     MAX_PREDICT_BYTES,
     Envelope,
@@ -25,12 +28,8 @@ from cloister.wire import (
     unpack,
 )
 
-from ._answers import ANSWER_KIND
-from ._client import ServerLink
-from ._peer import ROUND
-
 if TYPE_CHECKING:
-    from ._plan import ClientPlan
+    from cloister.federation._plan import ClientPlan
 
 _log = logging.getLogger(__name__)
 

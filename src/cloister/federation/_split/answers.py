@@ -14,6 +14,7 @@ from cloister.errors import (
     NoSessionError,
     StaleEvidenceError,
 )
+from cloister.federation._peer import ROUND, Peer
 from cloister.wire import (
     Envelope,
     ErrorAnswer,
@@ -25,10 +26,8 @@ from cloister.wire import (
     parse_message,
 )
 
-from ._peer import ROUND, Peer
-
 if TYPE_CHECKING:
-    from ._far_work import FarWork
+    from cloister.federation._split.far_work import FarWork
 
 
 _log = logging.getLogger(__name__)

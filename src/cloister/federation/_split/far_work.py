@@ -13,11 +13,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cloister.attest import Attester
+    from cloister.federation._plan import SplitServerPlan
+    from cloister.federation._state import RunState
     from cloister.slicing import BackboneInfo, FarSide
     from cloister.train import FeatureSource, ShardBody, StepInfo, TaskSpec
-
-    from ._plan import ServerPlan
-    from ._state import RunState
 
 
 class FarWork:
@@ -26,7 +25,7 @@ class FarWork:
 
     def __init__(
         self,
-        plan: ServerPlan,
+        plan: SplitServerPlan,
         state: RunState,
         attester: Attester,
         *,
