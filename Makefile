@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: quickstart test check check-refusals coverage fuzz format bench bench-report lock clean
+.PHONY: quickstart test check check-native check-refusals coverage fuzz format bench bench-report lock clean
 .DEFAULT_GOAL := quickstart
 
 PIN    := --constraint constraints.txt --constraint constraints-dev.txt
@@ -35,8 +35,11 @@ format: $(STAMP)
 
 coverage: $(STAMP)  ## branch coverage of the trusted packages, which must be whole
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --cov=cloister.attest --cov=cloister.channel --cov=cloister.enclave \
-	  --cov=cloister.wire --cov=cloister.errors --cov=cloister.ring --cov=cloister.pad --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100 \
+	  --cov=cloister.wire --cov=cloister.errors --cov=cloister.ring --cov=cloister.pad --cov=cloister.offload --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100 \
 	  tests/unit tests/adversary tests/property tests/vectors tests/fuzz tests/e2e/test_swtpm.py
+
+check-native: $(STAMP)  ## the kernels' tests on a build that watches every access to memory; minutes
+	$(BIN)/python -m tests.sanitizers.run_sanitized
 
 check-refusals: $(STAMP)  ## remove each check of the trusted packages in turn: its test must notice; minutes
 	$(BIN)/python tests/refusals/remove_checks.py
@@ -63,4 +66,4 @@ lock:  ## resolve every dependency anew; then read the difference and run the te
 	rm -rf .lock
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build runs .pytest_cache .ruff_cache .hypothesis

@@ -1,16 +1,11 @@
-// Python's view of the kernels. Arrays are checked here, once; the interpreter's lock is released while a kernel runs.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
+// The module: which levels there are, which is in use, and the kernels of each binding file.
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "kernels.h"
-
-namespace nb = nanobind;
+#include "bind.h"
 
 namespace cloister {
 
@@ -58,35 +53,18 @@ void use_level(const std::string &name) {
   throw std::invalid_argument("no such level on this machine: " + name);
 }
 
-using Bytes = nb::ndarray<uint8_t, nb::numpy, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using ConstBytes = nb::ndarray<const uint8_t, nb::numpy, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
-void require(bool condition, const char *what) {
-  if (!condition) throw std::invalid_argument(what);
-}
-
-std::vector<uint32_t> replace_rejected(Bytes row, uint32_t modulus, ConstBytes spares) {
-  const size_t n_groups = (row.shape(0) + 1023) / 1024;
-  require(modulus >= 129 && modulus <= 256, "modulus");
-  require(spares.shape(0) == n_groups * 64, "spares");
-  std::vector<uint32_t> lacking(n_groups);
-  size_t n_lacking = 0;
-  {
-    nb::gil_scoped_release unlocked;
-    n_lacking = current->replace_rejected(row.data(), row.shape(0), modulus, spares.data(), lacking.data());
-  }
-  lacking.resize(n_lacking);
-  return lacking;
-}
-
 }  // namespace
+
+const Kernels &kernels() { return *current; }
+
 }  // namespace cloister
 
 NB_MODULE(_native, module) {
   using namespace cloister;
   module.doc() = "Kernels of the enclave. Shapes, types and who may see what: _native.pyi.";
   module.def("levels", &levels);
-  module.def("level", [] { return std::string(current->name); });
+  module.def("level", [] { return std::string(kernels().name); });
   module.def("use_level", &use_level, nb::arg("name"));
-  module.def("replace_rejected", &replace_rejected, nb::arg("row"), nb::arg("modulus"), nb::arg("spares"));
+  bind_mask(module);
+  bind_lattice(module);
 }

@@ -11,6 +11,14 @@ extern const Kernels kernels;
 const Kernels kernels = {
     CLOISTER_NAME(CLOISTER_LEVEL),
     replace_rejected,
+    mask,
+    unmask,
+    encode_pad,
+    combine,
+    lattice_digits,
+    lattice_encode,
+    lattice_block,
+    lattice_preimages,
 };
 
 }  // namespace CLOISTER_LEVEL

@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 LIST = Path(__file__).with_name("checks.toml")
 # An editable install puts a finder before every path; this runs at the start of each interpreter, right after it did.
-_FORGET_THE_CHECKOUT = """import sys
+FORGET_THE_CHECKOUT = """import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__name__.startswith("ScikitBuild")]
 """
 _FAILED = 1  # pytest: tests were collected and run, some failed
@@ -62,7 +62,7 @@ def run_without(check: Check) -> tuple[Check, str]:
         package = Path(folder) / "cloister"
         shutil.copytree(ROOT / "src/cloister", package, ignore=shutil.ignore_patterns("__pycache__"))
         (package / check.file).write_text(check.mutated(), encoding="utf-8")
-        (Path(folder) / "sitecustomize.py").write_text(_FORGET_THE_CHECKOUT, encoding="utf-8")
+        (Path(folder) / "sitecustomize.py").write_text(FORGET_THE_CHECKOUT, encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *check.tests]
         # A path that comes first wins over the installed package; the test says so if it did not.
         environment = {**os.environ, "PYTHONPATH": folder, "CLOISTER_EXPECT_PACKAGE": str(package)}

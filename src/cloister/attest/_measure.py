@@ -1,6 +1,7 @@
 """Measurements: digests of what is loaded, and the run-time register that they are extended into.
 
-Normative: spec/attestation.md section 3. Two builds of one commit give the same values, on any machine.
+Normative: spec/attestation.md section 3. Two builds of one commit give the same values on any machine, with the same
+compiler and Python: the compiled kernels are measured as the file that they are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _SKIPPED_FOLDERS = ("__pycache__",)
 
 
 def measure_package(root: str | Path | None = None) -> bytes:
-    """SHA-384 over the installed cloister files, the lock file `constraints.txt` among them. Public.
+    """SHA-384 over the installed cloister files, the lock file `constraints.txt` and the kernels among them. Public.
 
     Compiled caches and hidden files are left out; everything else that the package ships is in. The libraries that it
     imports are named by the lock file with their versions, and are not themselves hashed.

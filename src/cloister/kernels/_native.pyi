@@ -10,6 +10,7 @@ F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 I8 = npt.NDArray[np.int8]
 I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
 U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
@@ -79,3 +80,38 @@ def encode_pad(r: U8, ring: int, planes: I8) -> None:
 
 def combine(acc: I32, ring: int, out: U32) -> None:
     """The elements in [0, m), to `out` [n], of exact accumulators [planes, n]; spec/pad.md section 1.3. *Secret*."""
+
+def lattice_digits(stream: U8, digits: I8) -> None:
+    """Five digits of base 3, less 1, of each byte below 243, lowest first, to `digits` [at most 5 a byte]. *Secret*."""
+
+def lattice_encode(values: I64, ring: int, keys: U32) -> None:
+    """Transform secrets, `values` [rank * 1024, features], each below 2^34 in size, into `keys`. *Secret*.
+
+    `keys` is [blocks of 16 features, primes, rank, 1024, 16], the last block filled up with zeros; its order of the
+    transform is the kernels' own.
+    """
+
+def lattice_block(
+    ring: int, a: U32, s: U32, z: U32, v: U64, rho: U64, noise: U8 | None, r: U8, u: U32, correction: U64, first: int
+) -> bool:  # fmt: skip
+    """One block of 1,024 lattice pads, to the rows from `first` of `r`, `u` and `correction`. All of it is *secret*.
+
+    Args:
+        ring: `RingFormat.CODE`.
+        a: [primes, rank, 1024], below the prime: the values at psi^(2 i + 1).
+        s, z: from `lattice_encode`, of the `in` and of the `out` features.
+        v, rho: [in] and [out], of the check of the answer.
+        noise: [1024, in] below 225, of the ring fast: modulo 45 it is 22 more than what is added to v.
+        r: [planes, tokens, in], gets round(p v / Q) in the planes of a pad.
+        u: [tokens, out], gets round(p w / Q) in [0, p).
+        correction: [tokens], gets the sum of V (Q r - p v) less that of rho (Q u - p w), over Q, modulo 2^64.
+
+    Returns:
+        False where a value of v is the excluded one: nothing written may be used, and `a` is to be drawn again.
+    """
+
+def lattice_preimages(counts: U8) -> bool:
+    """Round every v of fast, for tests: `counts` [2^24] gets how many are rounded to each r, without the excluded one.
+
+    Returns whether the rounding of `lattice_block` and the definition agree on every v.
+    """

@@ -18,12 +18,12 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from jaxtyping import UInt8
 
 from cloister.errors import PadError
+from cloister.kernels import _native
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     ByteArray = npt.NDArray[np.uint8]
-    IndexArray = npt.NDArray[np.intp]
 else:
     ByteArray = np.ndarray
 
@@ -97,34 +97,19 @@ def check_moduli(moduli: Sequence[int]) -> tuple[int, ...]:
 
 def _replace_rejected(stream: _KeyStream, plane: int, modulus: int, first: int, row: UInt8[ByteArray, " n"]) -> None:
     """Replace every byte of `row` that is not below the modulus; `row` starts with group `first`."""
-    rejected = np.flatnonzero(row >= modulus)
-    if not len(rejected):
-        return
-    n_groups = -(-len(row) // _GROUP_POSITIONS)
-    groups = rejected // _GROUP_POSITIONS
-    needed, before = _sizes(groups, n_groups)
-    ranks = np.arange(len(rejected)) - before[groups]
-    spares = np.empty(n_groups * _ROUND_SPARES, np.uint8)
+    spares = np.empty(-(-len(row) // _GROUP_POSITIONS) * _ROUND_SPARES, np.uint8)
     stream.fill(plane, modulus, 1, first * _ROUND_SPARES, spares)
-    good = np.flatnonzero(spares < modulus)
-    there, starts = _sizes(good // _ROUND_SPARES, n_groups)
-    served = ranks < there[groups]
-    row[rejected[served]] = spares[good[(starts[groups] + ranks)[served]]]
+    for group in _native.replace_rejected(row, modulus, spares):
+        own = row[group * _GROUP_POSITIONS : (group + 1) * _GROUP_POSITIONS]
+        left = np.flatnonzero(own >= modulus)
+        own[left] = _more_spares(stream, plane, modulus, first + group, len(left))
     spares.fill(0)
-    for group in np.flatnonzero(needed > there):
-        row[rejected[groups == group]] = _spares(stream, plane, modulus, first + int(group), int(needed[group]))
 
 
-def _sizes(groups: IndexArray, n_groups: int) -> tuple[IndexArray, IndexArray]:
-    """How many of the ascending `groups` are 0, 1, ..., and how many are below each."""
-    sizes = np.bincount(groups, minlength=n_groups)
-    return sizes, np.cumsum(sizes) - sizes
-
-
-def _spares(stream: _KeyStream, plane: int, modulus: int, group: int, n: int) -> UInt8[ByteArray, " n"]:
-    """The first `n` good spares of a group, in as many rounds as it takes. Slow and rare: 2^-46 of groups at 251."""
+def _more_spares(stream: _KeyStream, plane: int, modulus: int, group: int, n: int) -> UInt8[ByteArray, " n"]:
+    """The first `n` good spares after those of round 1. Slow and rare: 2^-46 of groups at 251."""
     good = np.empty(0, np.uint8)
-    for round_ in range(1, _MAX_ROUNDS + 1):
+    for round_ in range(2, _MAX_ROUNDS + 1):
         spares = np.empty(_ROUND_SPARES, np.uint8)
         stream.fill(plane, modulus, round_, group * _ROUND_SPARES, spares)
         good = np.concatenate((good, spares[spares < modulus]))

@@ -118,25 +118,41 @@ def test_copies_of_other_times_modes_and_caches_measure_alike(tmp_path):
     assert measure_package(first) != measure_package(second)
 
 
+@pytest.mark.slow
 def test_two_clean_builds_of_one_commit_measure_alike(tmp_path):
-    """Two checkouts of other times and umask, built apart: the installed packages measure as the source does."""
-    pytest.importorskip("hatchling", reason="hatchling, which builds the wheel, is not installed")
-    measured = set()
-    for name, umask in (("a", 0o022), ("b", 0o077)):
-        tree = tmp_path / name
-        shutil.copytree(SOURCE if name == "a" else tmp_path / "a" / "src" / "cloister", tree / "src" / "cloister")
-        for file in ("pyproject.toml", "README.md", "LICENSE"):
-            shutil.copyfile(ROOT / file, tree / file)
-        for path in (tree / "src").rglob("*.py"):
+    """Two checkouts of other places, times and umask, compiled apart: each measures as its source with its kernels."""
+    for module in ("scikit_build_core", "nanobind"):
+        pytest.importorskip(module, reason=f"{module}, which builds the wheel, is not installed")
+    for tool in ("cmake", "c++"):
+        if not shutil.which(tool, path=_build_path()):
+            pytest.skip(f"there is no {tool} to compile the kernels with")
+    commit, measured = tmp_path / "commit", set()
+    shutil.copytree(SOURCE, commit / "src" / "cloister", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copytree(ROOT / "native", commit / "native")
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / file, commit / file)
+    for name, umask in (("a", 0o022), ("other place", 0o077)):
+        tree = shutil.copytree(commit, tmp_path / name)
+        for path in (*(tree / "src").rglob("*.py"), *(tree / "native").rglob("*.cpp")):
             os.utime(path, (time.time() - 1000 * umask,) * 2)
-        measured |= {measure_package(tree / "src" / "cloister"), measure_package(_install(tree, umask))}
+        package = _install(tree, umask)
+        [kernels] = package.rglob("*.so")
+        shutil.copyfile(kernels, tree / "src" / "cloister" / kernels.relative_to(package))
+        measured |= {measure_package(package), measure_package(tree / "src" / "cloister")}
     assert len(measured) == 1
+
+
+def _build_path() -> str:
+    """With the tools of this environment before those of the system."""
+    return os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
 
 
 def _install(tree: Path, umask: int) -> Path:
     """The package as a wheel of this tree unpacks it."""
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tree / "dist")]
-    subprocess.run(build, cwd=tree, umask=umask, check=True, capture_output=True, timeout=250)
+    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(tree / "dist")]
+    build = [sys.executable, "-m", "pip", "wheel", *options, "."]
+    environment = {**os.environ, "PATH": _build_path()}
+    subprocess.run(build, cwd=tree, env=environment, umask=umask, check=True, capture_output=True, timeout=250)
     [wheel] = (tree / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tree / "installed")
