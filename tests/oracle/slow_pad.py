@@ -1,4 +1,4 @@
-"""A second implementation of spec/pad.md, section 3: slow, obvious, and without a line of cloister's code.
+"""A second implementation of spec/pad.md: pads, their terms, the words of the check. Slow, and no line of cloister's.
 
 Python integers, one element at a time; AES-256 in ECB mode on counters that are written out here.
 """
@@ -10,7 +10,9 @@ import hmac
 import struct
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from tests.oracle import slow_kernels, slow_ring
 
+Matrix = list[list[int]]
 V = b"cloister-pad/v1"
 
 
@@ -59,3 +61,18 @@ def expand(block_keys: dict[int, bytes], position: int, n: int, moduli: tuple[in
         [residue(block_keys[p >> 16], plane, modulus, p & 0xFFFF) for p in range(position, position + n)]
         for plane, modulus in enumerate(moduli)
     ]
+
+
+def unmask_term(w: Matrix, r: list[Matrix], name: str) -> Matrix:
+    """W r in [0, m), of a pad [planes][tokens][in]."""
+    pad = [
+        [slow_kernels.element(list(planes), name) for planes in zip(*rows, strict=True)]
+        for rows in zip(*r, strict=True)
+    ]
+    m = slow_ring.MODULUS[name]
+    return [[entry % m for entry in row] for row in slow_ring.integer_product(pad, w)]
+
+
+def check_words(w: Matrix, rho: list[int]) -> list[int]:
+    """V = W^T rho modulo 2^64."""
+    return [sum(a * b for a, b in zip(column, rho, strict=True)) % 2**64 for column in zip(*w, strict=True)]

@@ -1,4 +1,4 @@
-"""The modes of a pad, and what each assumes, in words that a security officer can sign; spec/pad.md."""
+"""The modes of a pad, what each assumes, in words that a security officer can sign, and directions; spec/pad.md."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ class PadMode(StrEnum):
     OTP = "otp"
     OTP2 = "otp-2"
     LATTICE = "lattice"
+
+
+class Direction(StrEnum):
+    """Which product of a layer: y = x W^T, or dx = g W with the transpose of the same integers."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
 
 
 ASSUMPTIONS: Mapping[PadMode, str] = {

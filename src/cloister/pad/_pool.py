@@ -4,113 +4,81 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
-
-import numpy as np
-from jaxtyping import UInt8
+from typing import Protocol, Self
 
 from cloister.errors import PadError, PadExhaustedError
-from cloister.pad._expand import ByteArray, check_moduli
 from cloister.pad._guard import ProcessBound
 from cloister.pad._ledger import PadTicket
-from cloister.pad._stream import PadStream
+from cloister.pad._source import Pad
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    AnyArray = npt.NDArray[Any]
-else:
-    AnyArray = np.ndarray
-
-Shape = tuple[int, ...]
-UnmaskTerm = Callable[[UInt8[ByteArray, "planes ..."]], tuple[AnyArray, ...]]
+# A shape is forgotten once its source was asked for others this often. Batches of a few padded lengths stay known.
+_FORGET_AFTER = 32
 
 
-class Pad(ProcessBound):
-    """One pad and what takes it off again. *Secret*, all of it; `wipe` it after unmasking.
+class PadMaker(Protocol):
+    """What a pool makes pads with. Both methods are called from several threads at the same time."""
 
-    Attributes:
-        start: *public*, first position of the pad.
-        r: the pad, uniform in each plane's residue ring.
-        u: what the unmask term gave for it: W r for each weight W that multiplies the masked tensor.
-    """
+    def make(self, n_tokens: int) -> Pad:
+        """A pad of fresh positions. Where it fails, the positions are lost and what was made is zeroed."""
+        ...
 
-    __slots__ = ("r", "start", "u")
-
-    def __init__(self, start: int, r: UInt8[ByteArray, "planes ..."], u: tuple[AnyArray, ...]) -> None:
-        super().__init__()
-        self.start = start
-        self.r = r
-        self.u = u
-
-    def __repr__(self) -> str:
-        return f"Pad(start={self.start}, shape={self.r.shape[1:]})"
-
-    @property
-    def n_bytes(self) -> int:
-        """Size of `r` and `u` in bytes."""
-        return self.r.nbytes + sum(term.nbytes for term in self.u)
-
-    def wipe(self) -> None:
-        """Zero `r` and `u` in place. May be called again."""
-        for array in (self.r, *self.u):
-            array.fill(0)
+    def pad_bytes(self, n_tokens: int) -> int:
+        """`Pad.n_bytes` of such a pad."""
+        ...
 
 
 class _Shelf:
-    """The pads of one shape that lie ready."""
+    """The pads of one source and shape that lie ready."""
 
-    __slots__ = ("pad_bytes", "tickets")
+    __slots__ = ("failure", "maker", "n_others", "n_tokens", "n_waiting", "pad_bytes", "tickets")
 
-    def __init__(self) -> None:
+    def __init__(self, maker: PadMaker, n_tokens: int) -> None:
+        self.maker = maker
+        self.n_tokens = n_tokens
+        self.pad_bytes = maker.pad_bytes(n_tokens)
         self.tickets: deque[PadTicket[Pad]] = deque()
-        self.pad_bytes = 0  # of one pad; unknown before the first
+        self.n_waiting = 0
+        self.n_others = 0  # times that the source was asked for other shapes since it was asked for this one
+        self.failure: BaseException | None = None
+
+    @property
+    def n_spare(self) -> int:
+        """Pads that nobody waits for; below 0 where more wait than lie ready."""
+        return len(self.tickets) - self.n_waiting
 
 
 class PadPool(ProcessBound):
-    """A bounded pool of pads of known shapes, filled by one background thread. Close it, or use it in a `with`.
+    """The pads that all sources of a session have ready, made by one background thread. Close it, or use `with`.
 
-    Each shape has an equal share of the capacity, so that no shape can starve another.
+    It learns which pads to make from what is asked for. Whatever has the fewest ready is made next, and of those
+    the one that was asked for longest ago: layers take turns, so it is needed first. In time all have the same number.
 
     Args:
-        stream: where pads come from; several pools may share one.
-        moduli: *public*, one for each residue plane.
-        unmask_term: gives `u` for `r`, both *secret*: a tuple of writable arrays, of one size for one shape, that
-            nobody else holds. Called by the background thread and by takers, at the same time.
-        shapes: *public*, of the tensors that will be masked, without repeats.
-        capacity_bytes: what the ready pads may fill, `r` and `u` together. What one `unmask_term` needs comes on top.
+        capacity_bytes: *public*, what the ready pads and the one in the making may fill. What making one needs
+            beside itself comes on top. With 0 there is no thread, and every pad is made where it is asked for.
+        wait_s: *public*, what to do when nothing is ready: wait so long and then refuse, or, without a number, make the
+            pad here and now.
 
     Raises:
-        PadError: no shapes, or a modulus that pads cannot have.
+        PadError: a pool without memory cannot be waited for.
     """
 
-    __slots__ = ("_changed", "_failure", "_is_closed", "_moduli", "_share_bytes", "_shelves", "_stream", "_thread",
-                 "_unmask_term")  # fmt: skip
+    __slots__ = ("_capacity", "_changed", "_held", "_is_closed", "_shelves", "_thread", "_wait_s")
 
-    def __init__(
-        self,
-        stream: PadStream,
-        moduli: Sequence[int],
-        unmask_term: UnmaskTerm,
-        *,
-        shapes: Sequence[Shape],
-        capacity_bytes: int,
-    ) -> None:
+    def __init__(self, capacity_bytes: int, *, wait_s: float | None = None) -> None:
         super().__init__()
-        if not shapes:
-            raise PadError("a pool of pads needs the shapes to make")
-        self._stream = stream
-        self._moduli = check_moduli(moduli)
-        self._unmask_term = unmask_term
-        self._shelves = {tuple(shape): _Shelf() for shape in shapes}
-        self._share_bytes = capacity_bytes // len(self._shelves)
+        if capacity_bytes <= 0 and wait_s is not None:
+            raise PadError("a pool of pads that may hold nothing cannot be waited for")
+        self._capacity = capacity_bytes
+        self._wait_s = wait_s
+        self._shelves: dict[tuple[PadMaker, int], _Shelf] = {}  # the one that was asked for longest ago comes first
+        self._held = 0  # bytes
         self._changed = threading.Condition()
-        self._failure: BaseException | None = None
         self._is_closed = False
         self._thread = threading.Thread(target=self._fill, name="cloister-pad-pool", daemon=True)
-        self._thread.start()
+        if capacity_bytes > 0:
+            self._thread.start()
 
     def __repr__(self) -> str:
         return f"PadPool(n_ready={self.n_ready})"
@@ -125,38 +93,46 @@ class PadPool(ProcessBound):
 
     @property
     def n_ready(self) -> int:
-        """Pads that lie ready, of all shapes. *Public*."""
-        return sum(len(shelf.tickets) for shelf in self._shelves.values())
+        """Pads that lie ready, of all sources and shapes. *Public*."""
+        return sum(len(shelf.tickets) for shelf in list(self._shelves.values()))
 
-    def take(self, shape: Shape, *, timeout_s: float, compute_when_dry: bool) -> PadTicket[Pad]:
+    def take(self, maker: PadMaker, n_tokens: int) -> PadTicket[Pad]:
         """A ticket for a pad that nobody else has or gets. Safe to call from several threads.
 
         Args:
-            shape: *public*, of the tensor to mask. One that the pool does not make is never waited for.
-            timeout_s: how long to wait for the background thread.
-            compute_when_dry: what to do then: make the pad here and now, or refuse.
+            maker: the source that asks.
+            n_tokens: *public*.
 
         Raises:
-            PadExhaustedError: nothing is ready and `compute_when_dry` is false; or the key ran out, or was retired.
+            PadExhaustedError: nothing was ready in time, and the pool does not make pads on the spot.
             PadReuseError: in a forked process.
-            PadError: the pool is closed.
-            Exception: whatever stopped the background thread, at every call from then on.
+            PadError: the pool is closed, or the source was dropped meanwhile.
+            Exception: what the maker raised, in this thread or, once, in the background.
         """
         self._stay_home()
-        shelf = self._shelves.get(tuple(shape)) or _Shelf()
+        n_bytes = maker.pad_bytes(n_tokens)
         with self._changed:
-            if tuple(shape) in self._shelves:
-                self._changed.wait_for(lambda: shelf.tickets or self._is_closed or self._failure, timeout_s)
-            self._check()
-            if shelf.tickets:
-                self._changed.notify_all()
-                return shelf.tickets.popleft()
-        if compute_when_dry:
-            return self._ticket(self._make(tuple(shape)))
+            self._check_open()
+            if n_bytes <= self._capacity and (ready := self._from_shelf(maker, n_tokens)) is not None:
+                return ready
+        if self._wait_s is None:
+            return _ticket(maker.make(n_tokens))
         raise PadExhaustedError(
-            f"no pad of shape {tuple(shape)} was ready within {timeout_s:g} s",
-            hint="give the pool more memory, or let pads be computed when it is dry",
+            f"no pad of {n_tokens} tokens ({n_bytes} bytes) was ready within {self._wait_s:g} s",
+            hint="give the pool more memory, or let pads be made when it is dry",
         )
+
+    def drop(self, maker: PadMaker) -> None:
+        """Forget a source, and zero what lies ready of it. Whoever waits for its pads is refused.
+
+        Raises:
+            PadReuseError: in a forked process.
+        """
+        self._stay_home()
+        with self._changed:
+            for shelf in [shelf for shelf in self._shelves.values() if shelf.maker is maker]:
+                shelf.failure = PadError("the source of these pads is closed")
+                self._forget(shelf)
 
     def close(self) -> None:
         """Stop the background thread, which ends the pad it is at, and zero what lies ready. May be called again.
@@ -168,70 +144,106 @@ class PadPool(ProcessBound):
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-        self._thread.join()
-        for shape, shelf in self._shelves.items():
-            while shelf.tickets:
-                shelf.tickets.popleft().use(shape).wipe()
+        if self._thread.ident is not None:
+            self._thread.join()
+        with self._changed:
+            for shelf in list(self._shelves.values()):
+                self._forget(shelf)
 
-    def _check(self) -> None:
+    def _check_open(self) -> None:
         if self._is_closed:
             raise PadError("the pool of pads is closed")
-        if self._failure is not None:
-            raise self._failure.with_traceback(None)
-        self._stream.ledger.check()
+
+    def _from_shelf(self, maker: PadMaker, n_tokens: int) -> PadTicket[Pad] | None:
+        """A ready pad, after waiting for one where the pool waits; None where there is none."""
+        shelf = self._ask(maker, n_tokens)
+        self._changed.notify_all()
+        if self._wait_s is not None:
+            shelf.n_waiting += 1
+            try:
+                self._changed.wait_for(lambda: shelf.tickets or shelf.failure or self._is_closed, self._wait_s)
+            finally:
+                shelf.n_waiting -= 1
+            self._check_open()
+        if shelf.failure is not None:
+            # Told once: the next one to ask lets the thread try again.
+            failure, shelf.failure = shelf.failure, None
+            raise failure
+        return self._pop(shelf) if shelf.tickets else None
+
+    def _ask(self, maker: PadMaker, n_tokens: int) -> _Shelf:
+        """The shelf of a shape, as the one that was asked for last; shapes out of use are forgotten."""
+        shelf = self._shelves.pop((maker, n_tokens), None) or _Shelf(maker, n_tokens)
+        for other in [other for other in self._shelves.values() if other.maker is maker]:
+            other.n_others += 1
+            if other.n_others > _FORGET_AFTER and not other.n_waiting:
+                self._forget(other)
+        shelf.n_others = 0
+        self._shelves[maker, n_tokens] = shelf
+        return shelf
+
+    def _pop(self, shelf: _Shelf) -> PadTicket[Pad]:
+        self._held -= shelf.pad_bytes
+        self._changed.notify_all()
+        return shelf.tickets.popleft()
+
+    def _wipe_one(self, shelf: _Shelf) -> None:
+        ticket = self._pop(shelf)
+        ticket.use(ticket.shape).wipe()
+
+    def _forget(self, shelf: _Shelf) -> None:
+        del self._shelves[shelf.maker, shelf.n_tokens]
+        while shelf.tickets:
+            self._wipe_one(shelf)
+        self._changed.notify_all()
 
     def _fill(self) -> None:
         """The background thread."""
-        try:
-            while (shape := self._next_shape()) is not None:
-                self._shelve(shape, self._make(shape))
-        except BaseException as error:  # whatever it is, the takers must hear of it
-            with self._changed:
+        while (shelf := self._next_shelf()) is not None:
+            try:
+                self._shelve(shelf, shelf.maker.make(shelf.n_tokens))
+            except BaseException as error:  # whatever it is, a taker must hear of it
                 # Without the frames, its own and those of what came before it: their locals are secret.
                 error.__cause__ = error.__context__ = None
-                self._failure = error.with_traceback(None)
-                self._changed.notify_all()
+                with self._changed:
+                    self._held -= shelf.pad_bytes
+                    shelf.failure = error.with_traceback(None)
+                    self._changed.notify_all()
 
-    def _next_shape(self) -> Shape | None:
-        """Wait until there is room for another pad, and say of which shape; None once the pool is closed."""
+    def _next_shelf(self) -> _Shelf | None:
+        """Wait until a pad is lacking and has room, which is then kept for it; None once the pool is closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or self._shapes_with_room())
-            if self._is_closed:
-                return None
-            return min(self._shapes_with_room(), key=lambda shape: len(self._shelves[shape].tickets))
-
-    def _shapes_with_room(self) -> list[Shape]:
-        return [
-            shape
-            for shape, shelf in self._shelves.items()
-            if (len(shelf.tickets) + 1) * shelf.pad_bytes <= self._share_bytes
-        ]
-
-    def _shelve(self, shape: Shape, pad: Pad) -> None:
-        shelf = self._shelves[shape]
-        with self._changed:
-            if pad.n_bytes > self._share_bytes:
-                pad.wipe()
-                raise PadExhaustedError(
-                    f"a pad of shape {shape} takes {pad.n_bytes} bytes, its share of the pool is {self._share_bytes}"
+            while not self._is_closed:
+                shelf = min(
+                    (shelf for shelf in self._shelves.values() if shelf.failure is None),
+                    key=lambda shelf: shelf.n_spare,
+                    default=None,
                 )
-            shelf.pad_bytes = pad.n_bytes
-            shelf.tickets.append(self._ticket(pad))
+                # Nothing smaller goes first where one does not fit, or a large one would never get room.
+                if shelf is not None and self._has_room(shelf):
+                    self._held += shelf.pad_bytes
+                    return shelf
+                self._changed.wait()
+            return None
+
+    def _has_room(self, shelf: _Shelf) -> bool:
+        """Whether one more fits. A shelf with two more than this one gives up pads for it."""
+        while self._held + shelf.pad_bytes > self._capacity:
+            fullest = max(self._shelves.values(), key=lambda other: other.n_spare)
+            if fullest.n_spare < shelf.n_spare + 2:
+                return False
+            self._wipe_one(fullest)
+        return True
+
+    def _shelve(self, shelf: _Shelf, pad: Pad) -> None:
+        with self._changed:
+            if self._is_closed or self._shelves.get((shelf.maker, shelf.n_tokens)) is not shelf:
+                self._held -= shelf.pad_bytes
+                pad.wipe()
+                return
+            shelf.tickets.append(_ticket(pad))
             self._changed.notify_all()
 
-    def _make(self, shape: Shape) -> Pad:
-        """One pad of fresh positions. Where the unmask term fails, the positions are lost and `r` is zeroed."""
-        drawn = self._stream.draw(shape, self._moduli)
-        r = drawn.use(shape)
-        try:
-            pad = Pad(drawn.start, r, self._unmask_term(r))
-            if not all(term.flags.writeable for term in pad.u):
-                raise PadError("an unmask term that cannot be zeroed")
-            return pad
-        except BaseException:
-            r.fill(0)
-            raise
 
-    @staticmethod
-    def _ticket(pad: Pad) -> PadTicket[Pad]:
-        return PadTicket(pad.start, pad.r.shape[1:], lambda: pad)
+def _ticket(pad: Pad) -> PadTicket[Pad]:
+    return PadTicket(pad.start, pad.r.shape[1:], lambda: pad)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from cryptography.hazmat.primitives import hashes
@@ -29,6 +30,56 @@ def derive_key(secret: bytearray, *labels: bytes) -> bytes:
     return HKDFExpand(hashes.SHA256(), KEY_BYTES, wire.enc(_V, *labels)).derive(secret)
 
 
+@dataclass(frozen=True, slots=True)
+class PadRange:
+    """Consecutive positions of one block, for a second party that makes the same pad.
+
+    Attributes:
+        key: *secret*, the block's; it tells every pad of the block.
+        first: *public*, position in the block.
+        n: *public*, how many.
+    """
+
+    key: bytes = field(repr=False)
+    first: int
+    n: int
+
+
+def expand_ranges(ranges: Sequence[PadRange], n: int, moduli: Sequence[int]) -> UInt8[ByteArray, "planes n"]:
+    """The pad that ranges make, one behind the other: what the stream that they are of made. *Secret*.
+
+    Raises:
+        PadError: a key is not of 32 bytes, a range is not inside of a block, they are not `n` positions, or a modulus
+            that pads cannot have.
+    """
+    checked = check_moduli(moduli)
+    for part in ranges:
+        if len(part.key) != KEY_BYTES or part.first < 0 or part.n < 1 or part.first + part.n > BLOCK_POSITIONS:
+            raise PadError("a range of a pad is not inside of a block")
+    if sum(part.n for part in ranges) != n:
+        raise PadError("the ranges of a pad do not make its size")
+    out = np.empty((len(checked), n), np.uint8)
+    _expand_into(ranges, checked, out)
+    return out
+
+
+def _expand_into(ranges: Sequence[PadRange], moduli: tuple[int, ...], out: UInt8[ByteArray, "planes n"]) -> None:
+    done = 0
+    for part in ranges:
+        expand_block(part.key, part.first, moduli, out[:, done : done + part.n])
+        done += part.n
+
+
+def _pieces(position: int, n: int) -> Iterator[tuple[int, int, int]]:
+    """Positions by block: its index, the first position in it, how many."""
+    end = position + n
+    while position < end:
+        index, first = divmod(position, BLOCK_POSITIONS)
+        size = min(end - position, BLOCK_POSITIONS - first)
+        yield index, first, size
+        position += size
+
+
 class _Block:
     """A block of which positions were given out and not all are spent. Its key is made when it is first expanded."""
 
@@ -49,12 +100,13 @@ class PadStream(ProcessBound):
         ledger: the positions of this key.
     """
 
-    __slots__ = ("_blocks", "_key", "_lock", "ledger")
+    __slots__ = ("_blocks", "_is_shared", "_key", "_lock", "ledger")
 
     def __init__(self, key: bytearray) -> None:
         super().__init__()
         self._key = key
         self._blocks: dict[int, _Block] = {}
+        self._is_shared: bool | None = None  # unknown before the first pad
         self._lock = threading.Lock()
         self.ledger = PadLedger()
 
@@ -74,18 +126,25 @@ class PadStream(ProcessBound):
         Raises:
             PadReuseError: in a forked process.
             PadExhaustedError: the key has not enough positions left, or was retired.
-            PadError: an empty shape or a modulus that pads cannot have.
+            PadError: an empty shape, a modulus that pads cannot have, or pads of this stream are shared.
         """
-        checked, n = check_moduli(moduli), math.prod(shape)
-        if min(shape, default=1) < 1:
-            raise PadError("a pad has at least one element")
-        start = self.take(n)
+        start, reveal = self._draw(shape, moduli, is_shared=False)
+        return PadTicket(start, tuple(shape), lambda: reveal()[0])
 
-        def reveal() -> UInt8[ByteArray, "planes ..."]:
-            planes = self.expand(start, n, checked)
-            self.spend(start, n)
-            return planes.reshape(len(checked), *shape)
+    def draw_shared(
+        self, shape: tuple[int, ...], moduli: Sequence[int]
+    ) -> PadTicket[tuple[UInt8[ByteArray, "planes ..."], list[PadRange]]]:
+        """As `draw`, for a stream of which a second party makes every pad too: with what it makes them from.
 
+        A block's key tells all pads of the block, so one stream either shares all of its pads, or none.
+
+        Returns:
+            A ticket for the pad and its ranges in order, both *secret*.
+
+        Raises:
+            PadReuseError, PadExhaustedError, PadError: as `draw`.
+        """
+        start, reveal = self._draw(shape, moduli, is_shared=True)
         return PadTicket(start, tuple(shape), reveal)
 
     def take(self, n: int) -> int:
@@ -94,14 +153,7 @@ class PadStream(ProcessBound):
         Raises:
             PadReuseError, PadExhaustedError, PadError: as `PadLedger.take`; also PadError for more than 2^32 positions.
         """
-        self._stay_home()
-        if n > MAX_PAD_POSITIONS:
-            raise PadError(f"a pad has at most {MAX_PAD_POSITIONS} elements")
-        with self._lock:
-            start = self.ledger.take(n)
-            for index in range(start // BLOCK_POSITIONS, (start + n - 1) // BLOCK_POSITIONS + 1):
-                self._blocks.setdefault(index, _Block())
-        return start
+        return self._take(n, is_shared=False)
 
     def expand(self, position: int, n: int, moduli: Sequence[int]) -> UInt8[ByteArray, "planes n"]:
         """The pad at `n` positions from `position`, exactly uniform in every residue. *Secret*.
@@ -131,13 +183,7 @@ class PadStream(ProcessBound):
             raise PadError("the buffer for a pad must be uint8, one contiguous row for each modulus")
         n = out.shape[1]
         self._check_taken(position, n)
-        end = position + n
-        while position < end:
-            index, first = divmod(position, BLOCK_POSITIONS)
-            stop = min(end, (index + 1) * BLOCK_POSITIONS)
-            done = n - (end - position)
-            expand_block(self._block_key(index), first, checked, out[:, done : done + stop - position])
-            position = stop
+        _expand_into(self._ranges(position, n), checked, out)
 
     def spend(self, position: int, n: int) -> None:
         """Say that these positions, once taken, will not be expanded again. A block's key is zeroed with its last one.
@@ -146,15 +192,11 @@ class PadStream(ProcessBound):
             PadReuseError: they were spent before, or in a forked process.
         """
         self._stay_home()
-        end = position + n
         with self._lock:
             if self.ledger.is_retired:
                 return  # every key is zeroed already
-            while position < end:
-                index = position // BLOCK_POSITIONS
-                stop = min(end, (index + 1) * BLOCK_POSITIONS)
-                self._spend_in_block(index, stop - position)
-                position = stop
+            for index, _, size in _pieces(position, n):
+                self._spend_in_block(index, size)
 
     def retire(self) -> None:
         """Zero every key; what was not expanded is lost. May be called again.
@@ -168,6 +210,39 @@ class PadStream(ProcessBound):
                 block.key[:] = bytes(len(block.key))
             self._blocks.clear()
             self._key[:] = bytes(len(self._key))
+
+    def _draw(
+        self, shape: tuple[int, ...], moduli: Sequence[int], *, is_shared: bool
+    ) -> tuple[int, Callable[[], tuple[UInt8[ByteArray, "planes ..."], list[PadRange]]]]:
+        """Take positions: the first, and what makes their pad, for one ticket."""
+        checked, n = check_moduli(moduli), math.prod(shape)
+        if min(shape, default=1) < 1:
+            raise PadError("a pad has at least one element")
+        start = self._take(n, is_shared)
+
+        def reveal() -> tuple[UInt8[ByteArray, "planes ..."], list[PadRange]]:
+            planes = self.expand(start, n, checked)
+            ranges = self._ranges(start, n) if is_shared else []
+            self.spend(start, n)
+            return planes.reshape(len(checked), *shape), ranges
+
+        return start, reveal
+
+    def _take(self, n: int, is_shared: bool) -> int:
+        self._stay_home()
+        if n > MAX_PAD_POSITIONS:
+            raise PadError(f"a pad has at most {MAX_PAD_POSITIONS} elements")
+        with self._lock:
+            if self._is_shared not in (None, is_shared):
+                raise PadError("a stream shares all of its pads, or none")
+            start = self.ledger.take(n)
+            self._is_shared = is_shared
+            for index, _, _ in _pieces(start, n):
+                self._blocks.setdefault(index, _Block())
+        return start
+
+    def _ranges(self, position: int, n: int) -> list[PadRange]:
+        return [PadRange(self._block_key(index), first, size) for index, first, size in _pieces(position, n)]
 
     def _spend_in_block(self, index: int, n: int) -> None:
         block = self._blocks.get(index)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from cloister._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from cloister.ring._fixed_point import dequantize, quantize_rows
+    from cloister.ring._fixed_point import dequantize, quantize_rows, row_room
     from cloister.ring._formats import FAITHFUL, FAST, FORMATS, MAX_FEATURES, LimbFormat, ResidueFormat, RingFormat
     from cloister.ring._products import product
     from cloister.ring._weights import QuantizedWeight, quantize_weight
@@ -25,6 +25,7 @@ _HOME = {
     "RingFormat": "_formats",
     "dequantize": "_fixed_point",
     "quantize_rows": "_fixed_point",
+    "row_room": "_fixed_point",
     "product": "_products",
     "QuantizedWeight": "_weights",
     "quantize_weight": "_weights",
@@ -43,6 +44,7 @@ __all__ = [
     "product",
     "quantize_rows",
     "quantize_weight",
+    "row_room",
 ]
 
 __getattr__, __dir__ = lazy_exports(__name__, _HOME)

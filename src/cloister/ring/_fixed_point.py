@@ -35,6 +35,20 @@ def norm_limit(max_square: int, modulus: int) -> float:
     return float(math.isqrt((modulus * modulus - 1) // (4 * max(max_square, 1))))
 
 
+def row_room(limit: float, n_features: int, head_room: float = 1.0) -> float:
+    """What the norm of a row is divided by to get its scale: T (1 - 2^-30) of `quantize_rows`, where its proof stands.
+
+    Raises:
+        OffloadError: head_room is below 1.
+        RingOverflowError: `limit` leaves fewer units than rounding takes.
+    """
+    if not 1 <= head_room < math.inf:
+        raise OffloadError(f"a head-room is a finite number of at least 1, not {head_room}")
+    if not smallest_limit(n_features) <= limit < math.inf:
+        raise RingOverflowError(f"a norm of {limit:.0f} is too small for {n_features} features")
+    return (limit * head_room - math.sqrt(n_features) / 2) * _MARGIN
+
+
 def quantize_rows(
     x: Float[Tensor, "tokens features"], limit: float, *, head_room: float = 1.0
 ) -> tuple[Int64[Tensor, "tokens features"], Float64[Tensor, " tokens"]]:
@@ -69,15 +83,12 @@ def quantize_rows(
     """
     _check_rows(x)
     tokens, features = x.shape
-    if not 1 <= head_room < math.inf:
-        raise OffloadError(f"a head-room is a finite number of at least 1, not {head_room}")
-    if not smallest_limit(features) <= limit < math.inf:
-        raise RingOverflowError(f"a norm of {limit:.0f} is too small for {features} features")
+    room = row_room(limit, features, head_room)
     exact = x.detach().to(torch.float32).to(torch.float64)
     if not bool(torch.isfinite(exact).all()):
         raise RingOverflowError(f"a batch of {tokens} tokens holds NaN or infinite values")
     norm = exact.square().sum(dim=1).sqrt()
-    scale = norm / ((limit * head_room - math.sqrt(features) / 2) * _MARGIN)
+    scale = norm / room
     scale = torch.where(norm == 0, 1.0, scale)
     return torch.round(exact / scale.unsqueeze(1)).to(torch.int64), scale
 

@@ -169,7 +169,8 @@ class ResidueFormat(RingFormat):
         planes = torch.empty((self.n_planes, *values.shape), dtype=torch.int8, device=values.device)
         for plane, modulus in zip(planes, self.moduli, strict=True):
             residue = torch.remainder(values, modulus)
-            plane.copy_(residue - modulus * (residue > (modulus - 1) // 2))
+            above = (residue > (modulus - 1) // 2).to(values.dtype)  # in its type: int64 would be four times the memory
+            plane.copy_(residue.sub_(above, alpha=modulus))
         return planes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import pickle
 import subprocess
@@ -10,33 +11,50 @@ import sys
 import textwrap
 import threading
 
-import numpy as np
 import pytest
+import torch
 
 from cloister.errors import PadExhaustedError, PadReuseError
-from cloister.pad import BLOCK_POSITIONS, Direction, Pad, PadKeys, PadLedger, PadPool, PadStream, PadTicket
+from cloister.pad import (
+    BLOCK_POSITIONS,
+    CheckKeys,
+    Direction,
+    Otp2Pads,
+    OtpPads,
+    Pad,
+    PadKeys,
+    PadLedger,
+    PadPool,
+    PadStream,
+    PadTicket,
+)
+from cloister.ring import FAITHFUL, quantize_weight
+from cloister.testing import FakePadHelper
 
 MODULI = (256, 255, 253, 251)
-NAMES = ["keys", "stream", "ledger", "ticket", "pool", "pad"]
-
-
-def term(r: np.ndarray) -> tuple[np.ndarray, ...]:
-    return (r.astype(np.int64),)
+NAMES = ["keys", "stream", "ledger", "ticket", "pool", "pad", "check", "otp", "otp-2", "shared ticket"]
 
 
 @pytest.fixture
 def objects():
-    keys = PadKeys()
-    stream = keys.stream("q", Direction.FORWARD)
-    pool = PadPool(stream, MODULI, term, shapes=[(8,)], capacity_bytes=4096)
-    pad = pool.take((8,), timeout_s=60, compute_when_dry=True).use((8,))
+    keys, pool = PadKeys(), PadPool(4096)
+    weight = quantize_weight(torch.eye(8), FAITHFUL, layer="q")
+    stream, check = keys.stream("q", Direction.FORWARD), CheckKeys.generate(weight, Direction.FORWARD)
+    otp = OtpPads(stream, weight, Direction.FORWARD, check, pool=pool, planes=weight.forward_planes())
+    back, helper = CheckKeys.generate(weight, Direction.BACKWARD), FakePadHelper()
+    helper.load("q", weight)
+    shared = keys.stream("q", Direction.BACKWARD)
     yield {
         "keys": keys,
         "stream": stream,
         "ledger": stream.ledger,
-        "ticket": stream.draw((8,), MODULI),
+        "ticket": otp.take(2),
         "pool": pool,
-        "pad": pad,
+        "pad": otp.take(2).use((2, 8)),
+        "check": check,
+        "otp": otp,
+        "otp-2": Otp2Pads(shared, weight, Direction.BACKWARD, back, pool=pool, helper=helper),
+        "shared ticket": shared.draw_shared((8,), MODULI),
     }
     pool.close()
     keys.close()
@@ -128,6 +146,62 @@ def test_a_ticket_rebuilt_from_saved_attributes_is_used_up_too():
             each.use((4,))
 
 
+@pytest.mark.parametrize("name", ["otp", "otp-2"])
+def test_a_source_rebuilt_from_saved_attributes_gives_no_pad_again(objects: dict[str, object], name: str):
+    source = objects[name]
+    saved = {slot: getattr(source, slot) for slot in slots(source)}
+    with pytest.raises(PadReuseError):
+        copy.deepcopy(saved)
+    starts = [source.take(2).start]
+    twin = type(source).__new__(type(source))
+    for each in (twin, source):
+        for slot, value in saved.items():
+            setattr(each, slot, value)
+        starts.append(each.take(2).start)
+    assert len(set(starts)) == 3
+    twin.close()
+    for each in (twin, source):
+        with pytest.raises(PadExhaustedError):
+            each.take(2)
+
+
+def test_no_state_can_be_exported_or_read_back():
+    """There are no state files, and so none of another key: keys live and end in their process."""
+    public = {
+        kind: {name for name in dir(kind) if not name.startswith("_")}
+        for kind in (PadKeys, PadStream, PadLedger, PadPool, OtpPads, Otp2Pads, CheckKeys)
+    }
+    words = ("save", "load", "store", "state", "export", "import", "dump", "bytes", "resume", "restore", "key")
+    found = {name for names in public.values() for name in names if any(word in name for word in words)}
+    assert found == {"pad_bytes"}  # a size
+    # What makes one takes no position, and no key but where it is of the class that owns it.
+    assert list(inspect.signature(PadKeys).parameters) == []
+    assert list(inspect.signature(PadLedger).parameters) == []
+    assert list(inspect.signature(PadStream).parameters) == ["key"]
+
+
+@pytest.mark.parametrize("draw", [PadStream.draw, PadStream.draw_shared])
+def test_a_ticket_is_used_once_whoever_else_makes_its_pad(draw):
+    """Sharing is part of using: what a second party was told once is never told again, nor masks a second tensor."""
+    ticket = draw(PadKeys().stream("q", Direction.FORWARD), (8,), MODULI)
+    ticket.use((8,))
+    for shape in ((8,), (1,)):
+        with pytest.raises(PadReuseError, match="second time"):
+            ticket.use(shape)
+
+
+def test_a_share_that_failed_is_not_repeated(monkeypatch: pytest.MonkeyPatch):
+    stream = PadKeys().stream("q", Direction.FORWARD)
+    ticket = stream.draw_shared((8,), MODULI)
+    with monkeypatch.context() as patch:
+        patch.setattr("cloister.pad._stream.expand_block", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ticket.use((8,))
+    with pytest.raises(PadReuseError):
+        ticket.use((8,))
+    assert stream.draw_shared((8,), MODULI).start == 8
+
+
 def test_two_machines_of_one_snapshot_have_other_pads():
     """Same stream key, same position, as after a restored snapshot: blocks begun afterwards are hedged."""
     key = bytes(range(32))
@@ -149,17 +223,23 @@ def test_a_spent_block_put_back_has_another_key():
 
 FORK = """
 import json, os, sys, threading
-import numpy as np
+import torch
 from cloister.errors import PadReuseError
-from cloister.pad import Direction, PadKeys, PadPool
+from cloister.pad import CheckKeys, Direction, OtpPads, PadKeys, PadPool
+from cloister.ring import FAITHFUL, quantize_weight
 
-M = (256, 251)
+M = (256, 255, 253, 251)
 keys = PadKeys()
 stream = keys.stream("q", Direction.FORWARD)
-ticket = stream.draw((8,), M)
+shared = keys.stream("q", Direction.BACKWARD)
+ticket, share = stream.draw((8,), M), shared.draw_shared((8,), M)
 stream.expand(0, 8, M)
-pool = PadPool(stream, M, lambda r: (r.astype(np.int64),), shapes=[(8,)], capacity_bytes=400)
-pad = pool.take((8,), timeout_s=60, compute_when_dry=False)
+pool = PadPool(800, wait_s=60)
+weight = quantize_weight(torch.eye(8), FAITHFUL, layer="q")
+check = CheckKeys.generate(weight, Direction.FORWARD)
+planes = weight.forward_planes()
+source = OtpPads(stream, weight, Direction.FORWARD, check, pool=pool, planes=planes)
+pad = source.take(1)
 locks = [keys._lock, stream._lock, stream.ledger._cell.lock, pool._changed]
 for lock in locks:
     lock.acquire()  # as another thread may hold them when it happens: the child must refuse, not wait
@@ -176,9 +256,17 @@ attempts = {
     "ledger.check": stream.ledger.check,
     "ledger.retire": stream.ledger.retire,
     "ticket.use": lambda: ticket.use((8,)),
-    "pool.take": lambda: pool.take((8,), timeout_s=1, compute_when_dry=True),
+    "share.use": lambda: share.use((8,)),
+    "stream.draw_shared": lambda: shared.draw_shared((8,), M),
+    "pool.take": lambda: pool.take(source, 1),
+    "pool.drop": lambda: pool.drop(source),
     "pool.close": pool.close,
-    "pool ticket.use": lambda: pad.use((8,)),
+    "source.take": lambda: source.take(1),
+    "source.close": source.close,
+    "check.rho": lambda: check.rho,
+    "check.v": lambda: check.v,
+    "check.wipe": check.wipe,
+    "pool ticket.use": lambda: pad.use((1, 8)),
 }
 read, write = os.pipe()
 
@@ -212,7 +300,7 @@ if (pid := os.fork()) == 0:
     os._exit(0)
 os.waitpid(pid, 0)
 found["grandchild"] = json.loads(os.read(read, 65536))
-found["parent"] = [list(ticket.use((8,)).shape), stream.take(1) > 0, list(pad.use((8,)).r.shape)]
+found["parent"] = [list(ticket.use((8,)).shape), stream.take(1) > 0, list(pad.use((1, 8)).r.shape)]
 pool.close()
 print(json.dumps(found))
 """
@@ -229,9 +317,9 @@ def python(source: str) -> str:
 def test_a_forked_child_is_refused_everything_and_the_parent_goes_on():
     found = json.loads(python(FORK))
     for process in ("child", "grandchild"):
-        assert len(found[process]) == 15
+        assert len(found[process]) == 23
         assert set(found[process].values()) == {"PadReuseError"}, found[process]
-    assert found["parent"] == [[2, 8], True, [2, 8]]
+    assert found["parent"] == [[4, 8], True, [4, 1, 8]]
 
 
 def test_a_restarted_process_has_other_pads():

@@ -14,14 +14,17 @@ import pytest
 import torch
 
 from cloister.errors import PadError
-from cloister.pad import BLOCK_POSITIONS, Direction, PadKeys, PadPool
+from cloister.pad import BLOCK_POSITIONS, CheckKeys, Direction, OtpPads, PadKeys, PadPool, PadStream
 from cloister.pad import _expand as expand_module
+from cloister.ring import FAITHFUL, quantize_weight
 
 MODULI = (256, 255, 253, 251)
 
 
-def term(r: np.ndarray) -> tuple[np.ndarray, ...]:
-    return (r.astype(np.int64).sum(0),)
+def otp_source(stream: PadStream, pool: PadPool, n_in: int = 64) -> OtpPads:
+    weight = quantize_weight(torch.eye(n_in), FAITHFUL, layer="q")
+    check = CheckKeys.generate(weight, Direction.FORWARD)
+    return OtpPads(stream, weight, Direction.FORWARD, check, pool=pool, planes=weight.forward_planes())
 
 
 @pytest.fixture
@@ -94,9 +97,10 @@ def test_other_generators_are_never_asked(monkeypatch: pytest.MonkeyPatch):
             patch.setattr(torch.Tensor, name, refuse)
         keys = PadKeys()
         stream = keys.stream("q", Direction.FORWARD)
-        with PadPool(stream, MODULI, term, shapes=[(70,)], capacity_bytes=4000) as pool:
-            for shape in ((70,), (BLOCK_POSITIONS,)):
-                pool.take(shape, timeout_s=60, compute_when_dry=True).use(shape).wipe()
+        with PadPool(4000) as pool:
+            source = otp_source(stream, pool)
+            for n_tokens in (1, BLOCK_POSITIONS // 64):
+                source.take(n_tokens).use((n_tokens, 64)).wipe()
         keys.new_job()
         keys.close()
         with pytest.raises(AssertionError):
@@ -112,30 +116,38 @@ def test_no_secret_in_repr_errors_or_logs(aes_keys: list[bytes], caplog: pytest.
     caplog.set_level(logging.DEBUG)
     keys = PadKeys()
     stream = keys.stream("q", Direction.FORWARD)
-    pool = PadPool(stream, MODULI, term, shapes=[(64,)], capacity_bytes=4000)
-    ticket = pool.take((64,), timeout_s=60, compute_when_dry=True)
-    pad = ticket.use((64,))
+    pool = PadPool(4000, wait_s=60)
+    source = otp_source(stream, pool)
+    ticket = source.take(1)
+    pad = ticket.use((1, 64))
+    shared = keys.stream("q", Direction.BACKWARD).draw_shared((64,), MODULI)
+    _, ranges = shared.use((64,))
     drawn = stream.draw((64,), MODULI)
     block = next(iter(stream._blocks.values()))
     text = io.StringIO()
-    for thing in (keys, stream, stream.ledger, ticket, pad, pool, drawn, block):
+    for thing in (keys, stream, stream.ledger, ticket, pad, pool, drawn, block, source, source.check, shared, ranges):
         text.write(f"{thing!r} {thing} {thing:}\n")
     attempts = [
-        lambda: ticket.use((64,)),
+        lambda: ticket.use((1, 64)),
+        lambda: shared.use((64,)),
         lambda: drawn.use((65,)),
         lambda: stream.draw((0,), MODULI),
         lambda: stream.expand(10**9, 1, MODULI),
         lambda: stream.spend(10**9, 1),
-        lambda: pool.take((1,), timeout_s=0, compute_when_dry=False),
+        lambda: source.take(100),
+        lambda: source.take(0),
         lambda: pool.__reduce__(),
         lambda: pad.__reduce__(),
+        lambda: source.check.__reduce__(),
     ]
     for attempt in attempts:
         with pytest.raises(PadError) as caught:
             attempt()
         text.write("".join(traceback.format_exception(caught.value)) + repr(vars(caught.value)) + caught.value.hint)
-    secrets = [bytes(keys._key), bytes(stream._key), bytes(block.key), *aes_keys, *(plane.tobytes() for plane in pad.r)]
-    assert len(secrets) >= 8
+    arrays = (*pad.r, pad.u, source.check.rho, source.check.v)
+    secrets = [bytes(keys._key), bytes(stream._key), bytes(block.key), *aes_keys, *(each.tobytes() for each in arrays)]
+    secrets += [ranges[0].key, pad.u.astype(np.uint8).tobytes()]
+    assert len(secrets) >= 12
     shown = text.getvalue() + caplog.text
     for secret in secrets:
         for written in _written(secret):

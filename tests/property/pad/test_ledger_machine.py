@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from cloister.errors import PadError, PadExhaustedError, PadReuseError
-from cloister.pad import MAX_POSITIONS, Direction, PadKeys, PadPool, PadStream, PadTicket
+from cloister.pad import MAX_POSITIONS, Direction, Pad, PadKeys, PadPool, PadStream, PadTicket
 from cloister.pad import _stream as stream_module
 
 MODULI = (256, 251)
@@ -26,6 +26,23 @@ WAYS = st.sampled_from(list(Direction))
 
 class Interrupted(Exception):
     pass
+
+
+class Maker:
+    """A source of which the third pad fails."""
+
+    def __init__(self, stream: PadStream, n: int, fails: bool) -> None:
+        self.stream, self.n, self.fails, self.n_made = stream, n, fails, 0
+
+    def pad_bytes(self, n_tokens: int) -> int:
+        return n_tokens * (2 * self.n + 4 + 8)
+
+    def make(self, n_tokens: int) -> Pad:
+        self.n_made += 1
+        r = (ticket := self.stream.draw((n_tokens, self.n), MODULI)).use((n_tokens, self.n))
+        if self.fails and self.n_made > 2:
+            raise Interrupted
+        return Pad(ticket.start, r, np.zeros((n_tokens, 1), np.uint32), np.zeros(n_tokens, np.uint64))
 
 
 class Pads(RuleBasedStateMachine):
@@ -138,21 +155,14 @@ class Pads(RuleBasedStateMachine):
     def pool(self, layer: str, way: Direction, n: int, fails: bool) -> None:
         stream = self.stream(layer, way)
         before = stream.ledger.n_taken
-        made = [0]
-
-        def term(r: np.ndarray) -> tuple[np.ndarray, ...]:
-            made[0] += 1
-            if fails and made[0] > 2:
-                raise Interrupted
-            return (np.zeros(1, np.int64),)
-
-        with PadPool(stream, MODULI, term, shapes=[(n,)], capacity_bytes=5 * (2 * n + 8)) as pool:
+        maker = Maker(stream, n, fails)
+        with PadPool(5 * maker.pad_bytes(1), wait_s=60) as pool:
             for _ in range(3):
                 try:
-                    ticket = pool.take((n,), timeout_s=60, compute_when_dry=False)
+                    ticket = pool.take(maker, 1)
                 except Interrupted:
                     continue
-                assert ticket.use((n,)).start == ticket.start
+                assert ticket.use((1, n)).start == ticket.start
         # Made and taken or made and thrown away: the pool's positions are gone.
         for start in range(before, stream.ledger.n_taken, n):
             self.note(stream, start, n)

@@ -12,7 +12,16 @@ from jaxtyping import TypeCheckError, jaxtyped
 
 import cloister.pad
 from cloister.errors import PadError, PadExhaustedError, PadReuseError
-from cloister.pad import BLOCK_POSITIONS, MAX_PAD_POSITIONS, MAX_POSITIONS, Direction, PadKeys, PadStream
+from cloister.pad import (
+    BLOCK_POSITIONS,
+    MAX_PAD_POSITIONS,
+    MAX_POSITIONS,
+    Direction,
+    PadKeys,
+    PadRange,
+    PadStream,
+    expand_ranges,
+)
 from cloister.pad import _expand as expand_module
 
 FAITHFUL = (256, 255, 253, 251)
@@ -154,6 +163,69 @@ def test_retiring_zeroes_every_key(stream: PadStream):
     stream.spend(0, 4)  # as a thread does that had expanded them just before
 
 
+def test_a_shared_pad_comes_with_what_makes_it_again(stream: PadStream):
+    for shape in ((3, 5), (BLOCK_POSITIONS,), (2, BLOCK_POSITIONS - 1), (7,)):
+        ticket = stream.draw_shared(shape, FAITHFUL)
+        r, ranges = ticket.use(shape)
+        assert r.shape == (4, *shape)
+        again = jaxtyped(expand_ranges, typechecker=beartype)(ranges, r[0].size, FAITHFUL)
+        assert np.array_equal(again.reshape(r.shape), r)
+        at = ticket.start
+        for part in ranges:
+            assert part.first == at % BLOCK_POSITIONS
+            at += part.n
+            assert at == ticket.start + r[0].size or at % BLOCK_POSITIONS == 0
+    assert list(stream._blocks) == [3]
+
+
+def test_a_stream_shares_all_of_its_pads_or_none(keys: PadKeys):
+    """The key of a block would tell the second party the pads that were not for it."""
+    shared, own = keys.stream("a", Direction.FORWARD), keys.stream("b", Direction.FORWARD)
+    shared.draw_shared((4,), FAST)
+    own.draw((4,), FAST)
+    attempts = (
+        lambda: shared.draw((4,), FAST),
+        lambda: shared.take(4),
+        lambda: own.draw_shared((4,), FAST),
+    )
+    for attempt in attempts:
+        with pytest.raises(PadError, match="all of its pads, or none"):
+            attempt()
+    assert (shared.ledger.n_taken, own.ledger.n_taken) == (4, 4)
+
+
+def test_what_is_refused_takes_nothing_and_decides_nothing(stream: PadStream):
+    for shape, moduli in (((0,), FAST), ((4,), (2,)), ((MAX_PAD_POSITIONS, 2), FAST), ((MAX_POSITIONS,), FAST)):
+        with pytest.raises(PadError):
+            stream.draw_shared(shape, moduli)
+    assert stream.draw((4,), FAST).start == 0
+
+
+@pytest.mark.parametrize(
+    "ranges, match",
+    [
+        ([], "size"),
+        ([PadRange(bytes(32), 0, 9)], "size"),
+        ([PadRange(bytes(32), 0, 5), PadRange(bytes(32), 5, 6)], "size"),
+        ([PadRange(bytes(31), 0, 10)], "block"),
+        ([PadRange(bytes(33), 0, 10)], "block"),
+        ([PadRange(bytes(32), -1, 10)], "block"),
+        ([PadRange(bytes(32), 0, 10), PadRange(bytes(32), 0, 0)], "block"),
+        ([PadRange(bytes(32), 0, 11), PadRange(bytes(32), 0, -1)], "block"),
+        ([PadRange(bytes(32), BLOCK_POSITIONS - 9, 10)], "block"),
+    ],
+    ids=["none", "short", "long", "key-31", "key-33", "before", "empty", "negative", "beyond"],
+)
+def test_ranges_that_make_no_pad(ranges: list[PadRange], match: str):
+    with pytest.raises(PadError, match=match):
+        expand_ranges(ranges, 10, FAST)
+
+
+def test_ranges_have_moduli_too():
+    with pytest.raises(PadError, match="moduli"):
+        expand_ranges([PadRange(bytes(32), 0, 10)], 10, ())
+
+
 def test_one_stream_for_a_layer_and_direction(keys: PadKeys):
     streams = {(name, way): keys.stream(name, way) for name in ("a", "b") for way in Direction}
     assert len({id(stream) for stream in streams.values()}) == 4
@@ -192,8 +264,8 @@ def test_shapes_are_those_of_the_signatures(stream: PadStream):
 
 def test_public_names_exist_once_and_in_order():
     names = cloister.pad.__all__
-    constants = [name for name in names if name.isupper()]
-    assert names == sorted(constants) + sorted(set(names) - set(constants))
+    kinds = [(not name.isupper(), name[0].islower(), name) for name in names]
+    assert kinds == sorted(kinds)
     assert all(hasattr(cloister.pad, name) for name in names)
 
 

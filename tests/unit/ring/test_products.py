@@ -35,6 +35,17 @@ def test_exact(fmt: RingFormat, shape: tuple[int, int, int]) -> None:
     assert torch.equal(product(strided, w, fmt), found)
 
 
+@BOTH
+def test_into_memory_of_the_caller(fmt: RingFormat) -> None:
+    x, w = _planes(fmt.n_planes, 3, 5), _planes(fmt.n_weight_planes, 2, 5, seed=1)
+    out = torch.full((fmt.n_planes, 3, 2), 7, dtype=torch.int32)
+    assert product(x, w, fmt, out=out) is out
+    assert torch.equal(out.long(), _slow(x, w))
+    for wrong in (out[:, :2], out.long(), torch.zeros((fmt.n_planes, 2, 3), dtype=torch.int32).transpose(1, 2)):
+        with pytest.raises(OffloadError, match="does not go into"):
+            product(x, w, fmt, out=wrong)
+
+
 def _layouts(rows: int, columns: int) -> dict[str, torch.Tensor]:
     """The same shape in every kind of memory, a side of size 1 with strides of its own choosing among them."""
     data = _planes(1, 3 * rows, 3 * columns)[0]
@@ -82,13 +93,15 @@ def test_padding_for_cuda(shape: tuple[int, int, int], monkeypatch: pytest.Monke
     tokens, features, out = shape
     seen: list[tuple[int, ...]] = []
 
-    def int_mm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def int_mm(x: torch.Tensor, weight: torch.Tensor, found: torch.Tensor) -> None:
         seen.append((*x.shape, *weight.shape))
-        return torch._int_mm(x, weight.t())
+        torch._int_mm(x, weight.t(), out=found)
 
     monkeypatch.setattr(products, "_int_mm", int_mm)
     x, w = _planes(1, tokens, features)[0], _planes(1, out, features, seed=1)[0]
-    assert torch.equal(products._multiply_padded(x, w).long(), x.long() @ w.long().T)
+    found = torch.full((tokens, out), 7, dtype=torch.int32)
+    products._multiply_padded(x, w, found)
+    assert torch.equal(found.long(), x.long() @ w.long().T)
     ((m, k, n, k_again),) = seen
     assert k == k_again
     assert m > 16 and m % 8 == k % 8 == n % 8 == 0  # what torch._int_mm asks of CUDA tensors
@@ -116,10 +129,10 @@ def unchecked_kernel():
 def test_a_kernel_that_saturates_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As x86 before VNNI: the first operand unsigned, and pairs of products cut to 16 bits."""
 
-    def saturating(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def saturating(x: torch.Tensor, weight: torch.Tensor, found: torch.Tensor) -> None:
         terms = (x.long() + 128).unsqueeze(1) * weight.long().unsqueeze(0)
         pairs = (terms[:, :, ::2] + terms[:, :, 1::2]).clamp(-(2**15), 2**15 - 1)
-        return (pairs.sum(2) - 128 * weight.long().sum(1)).int()
+        found.copy_(pairs.sum(2) - 128 * weight.long().sum(1))
 
     monkeypatch.setattr(products, "_int_mm", saturating)
     with pytest.raises(OffloadError, match="device cpu is not exact") as caught:
