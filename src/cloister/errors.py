@@ -15,7 +15,7 @@
       OffloadError             RingOverflowError  IntegrityError (the accelerator lied)
                            AcceleratorLostError (it died or hung up)
       AdapterError             UnsupportedLayerError  StateMismatchError
-      FederationError          InsufficientClientsError  RelayError  JobMismatchError  PeerError
+      FederationError          InsufficientClientsError  UpdateRejectedError  RelayError  JobMismatchError  PeerError
 
 Each error has a one-line cause, an optional hint, a stable `code` (all that ever travels over the network) and the
 `exit_code` of its branch. Trust errors (AttestationError, ChannelError, PadReuseError, IntegrityError) are never
@@ -255,6 +255,10 @@ class StateMismatchError(AdapterError):
 
     code = "adapter.state"
 
+    def __init__(self, cause: str, *, key: str = "", hint: str = "") -> None:
+        super().__init__(cause, hint=hint)
+        self.key = key
+
 
 class PadError(CloisterError):
     """A one-time pad cannot be made or used."""
@@ -315,6 +319,19 @@ class InsufficientClientsError(FederationError):
     """Fewer clients answered in time than the job's `min_clients`."""
 
     code = "federation.clients"
+
+
+class UpdateRejectedError(FederationError):
+    """One client's update is not counted: malformed, of another adapter, not finite, or too large. The round goes on.
+
+    `key` names the tensor or field that is wrong.
+    """
+
+    code = "federation.update"
+
+    def __init__(self, cause: str, *, peer: str = "", key: str = "", hint: str = "") -> None:
+        super().__init__(cause, peer=peer, hint=hint)
+        self.key = key
 
 
 class RelayError(FederationError):

@@ -107,7 +107,16 @@ def _wire_targets() -> list[Target]:
     evidence = wire.Evidence("simulated", b"quote", b"{}").to_bytes()
     packed = wire.pack("kind", {"a": 1, "b": [b"x", "y", {"c": None}], "d": True})
     seeds = [header, evidence, packed, *(message.to_bytes() for message in messages)]
+    accelerator: list[wire.AcceleratorMessage] = [
+        wire.AcceleratorHello("cpu", "int-mm"),
+        wire.AcceleratorLoad(3, 0, 12, 4096, 11_008, b"d" * 48),
+        wire.AcceleratorMultiply(3, 1, 4, 512, 4096),
+        wire.AcceleratorAnswer(512, 4096),
+        wire.AcceleratorError("offload"),
+    ]
+    questions = [message.to_bytes() for message in accelerator]
     return [
+        Target("wire.parse_accelerator_message", wire.parse_accelerator_message, questions, 60),
         Target("wire.unpack_any", wire.unpack_any, seeds, 60),
         Target("wire.dec", lambda data: wire.dec(data, 3), [wire.enc(b"a", b"bc", b""), wire.enc(b"x" * 99)], 60),
         Target("wire.Header", wire.Header.parse, [header, *seeds], 40),

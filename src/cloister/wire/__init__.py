@@ -5,10 +5,24 @@ Every `parse` is total: any bytes give a checked value or a `WireError`, within 
 
 from __future__ import annotations
 
+from cloister.wire._accelerator import (
+    AcceleratorAnswer,
+    AcceleratorError,
+    AcceleratorHello,
+    AcceleratorLoad,
+    AcceleratorMessage,
+    AcceleratorMultiply,
+    parse_accelerator_message,
+)
 from cloister.wire._envelope import Envelope, EnvelopeKind, Evidence, Header
 from cloister.wire._frame import dec, enc, pack, unpack, unpack_any
 from cloister.wire._limits import (
+    ACCELERATOR_HEADER_BYTES,
     KEY_BYTES,
+    MAX_ACCELERATOR_FEATURES,
+    MAX_ACCELERATOR_LAYERS,
+    MAX_ACCELERATOR_PAYLOAD_BYTES,
+    MAX_ACCELERATOR_TOKENS,
     MAX_ENVELOPE_BYTES,
     MAX_EVIDENCE_AUX_BYTES,
     MAX_EVIDENCE_BLOB_BYTES,
@@ -46,7 +60,12 @@ from cloister.wire._messages import (
 )
 
 __all__ = [
+    "ACCELERATOR_HEADER_BYTES",
     "KEY_BYTES",
+    "MAX_ACCELERATOR_FEATURES",
+    "MAX_ACCELERATOR_LAYERS",
+    "MAX_ACCELERATOR_PAYLOAD_BYTES",
+    "MAX_ACCELERATOR_TOKENS",
     "MAX_ENVELOPE_BYTES",
     "MAX_EVIDENCE_AUX_BYTES",
     "MAX_EVIDENCE_BLOB_BYTES",
@@ -60,6 +79,12 @@ __all__ = [
     "MAX_SHARDS",
     "SHA384_BYTES",
     "VERSION",
+    "AcceleratorAnswer",
+    "AcceleratorError",
+    "AcceleratorHello",
+    "AcceleratorLoad",
+    "AcceleratorMessage",
+    "AcceleratorMultiply",
     "AdmitAnswer",
     "AdmitRequest",
     "Boundary",
@@ -85,6 +110,7 @@ __all__ = [
     "dec",
     "enc",
     "pack",
+    "parse_accelerator_message",
     "parse_message",
     "unpack",
     "unpack_any",

@@ -35,5 +35,12 @@ MAX_PATIENCE_S = 86_400.0
 MAX_CBOR_ITEMS = 1 << 21
 MAX_CBOR_DEPTH = 16
 
+# Accelerator (spec/pad.md). The largest layer of today's models, a vocabulary of 131,071 by 16,384, has 4 GiB of int16.
+ACCELERATOR_HEADER_BYTES = 96
+MAX_ACCELERATOR_LAYERS = 1 << 16
+MAX_ACCELERATOR_TOKENS = 1 << 20
+MAX_ACCELERATOR_FEATURES = (1 << 17) - 1  # more, and an int32 does not hold a product (spec/pad.md section 1.3)
+MAX_ACCELERATOR_PAYLOAD_BYTES = 1 << 32
+
 SHA384_BYTES = 48
 KEY_BYTES = 32
