@@ -14,28 +14,47 @@ from cloister.slicing._families import FAMILIES
 
 if TYPE_CHECKING:
     from cloister.slicing._far import FarSide, load_far, pool
+    from cloister.slicing._frozen_linears import OffloadReport, check_offload, offload_model
     from cloister.slicing._near import NearSide, load_near
+    from cloister.slicing._outline import LinearGroup, Outline, outline_backbone
+    from cloister.slicing._whole import WholeSide, load_whole
 
 __all__ = [
     "FAMILIES",
     "BackboneInfo",
     "FarSide",
+    "LinearGroup",
     "NearSide",
+    "OffloadReport",
+    "Outline",
+    "WholeSide",
+    "check_offload",
     "inspect_backbone",
     "load_far",
     "load_near",
     "load_tokenizer",
+    "load_whole",
     "local_folder",
+    "offload_model",
+    "outline_backbone",
     "pool",
     "resolve_cut",
 ]
 
 _NEEDS_TORCH = {
     "FarSide": "_far",
+    "LinearGroup": "_outline",
     "NearSide": "_near",
+    "OffloadReport": "_frozen_linears",
+    "Outline": "_outline",
+    "check_offload": "_frozen_linears",
     "load_far": "_far",
     "load_near": "_near",
+    "offload_model": "_frozen_linears",
+    "outline_backbone": "_outline",
     "pool": "_far",
+    "WholeSide": "_whole",
+    "load_whole": "_whole",
 }
 
 __getattr__, __dir__ = lazy_exports(__name__, _NEEDS_TORCH)

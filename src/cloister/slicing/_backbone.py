@@ -51,11 +51,15 @@ class BackboneInfo:
     revision: str = ""
 
 
-def inspect_backbone(path_or_name: str | Path) -> BackboneInfo:
+def inspect_backbone(path_or_name: str | Path, *, needs_tokenizer: bool = True) -> BackboneInfo:
     """Read a backbone's configuration, without its weights.
 
     A name that is not a folder is looked up on the Hugging Face hub (or its local cache); only its configuration and
     tokenizer are fetched.
+
+    Args:
+        path_or_name: a local folder, or a name on the hub.
+        needs_tokenizer: refuse a backbone without one, since no text can be run through it.
 
     Raises:
         UnsupportedFamilyError: slicing has not been proven on this family or variant.
@@ -65,7 +69,7 @@ def inspect_backbone(path_or_name: str | Path) -> BackboneInfo:
     folder, revision = _config_folder(path)
     config = _read_config(folder, path)
     family = _family_of(config, path)
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if needs_tokenizer and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ModelError(f"{path} has no tokenizer", path=path, hint=_TOKENIZER_HINT)
     return BackboneInfo(
         path=path,
@@ -118,9 +122,7 @@ def load_tokenizer(info: BackboneInfo) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    folder = Path(info.path)
-    if not folder.is_dir():
-        folder = _from_hub(info.path, info.revision or None, _CONFIG_PATTERNS)
+    folder = config_folder(info)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
@@ -131,6 +133,16 @@ def load_tokenizer(info: BackboneInfo) -> PreTrainedTokenizerBase:
         # Padding never crosses the boundary and is never attended to, so any token can stand for it.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def config_folder(info: BackboneInfo) -> Path:
+    """The local folder with the backbone's configuration and tokenizer; fetches these where `info` names a hub model.
+
+    Raises:
+        ModelError: the hub does not give them.
+    """
+    folder = Path(info.path)
+    return folder if folder.is_dir() else _from_hub(info.path, info.revision or None, _CONFIG_PATTERNS)
 
 
 def _config_folder(path: str) -> tuple[Path, str]:
