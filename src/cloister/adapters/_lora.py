@@ -7,13 +7,14 @@ A frozen linear W gets a trained low-rank term: `y = W x + scale * B A x`, with 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from cloister.errors import AdapterError, UnsupportedLayerError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 _ADAPTER_NAME = "default"
 
@@ -28,6 +29,8 @@ class LoraSpec:
         dropout: share of the term's input that is dropped while training, in [0, 1).
         targets: "all-linear", or names of linears: the last part ("q_proj") or more of the path ("mlp.up_proj").
         use_rslora: scale by `alpha / sqrt(r)` in place of `alpha / r` (Kalajdzievski, 2023, arXiv 2312.03732).
+        freeze_a: FFA-LoRA (Sun et al., 2024, arXiv 2403.12313): every A stays as its seed drew it, only B trains, so
+            that the mean of the clients' products B A is exactly the product with the mean B.
     """
 
     r: int = 8
@@ -35,6 +38,12 @@ class LoraSpec:
     dropout: float = 0.0
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     use_rslora: bool = False
+    freeze_a: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What the product B A is multiplied by."""
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def __post_init__(self) -> None:
         if self.r < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
@@ -67,26 +76,20 @@ def add_lora(far: nn.Module, spec: LoraSpec, *, seed: int) -> None:
 
     Raises:
         UnsupportedLayerError: a target is not a linear of the blocks; the hint lists those there are.
-        AdapterError: there is an adapter already.
+        AdapterError: there is an adapter already, or A is to be frozen, which is for aggregated adapters only.
     """
     import torch
     from peft import LoraConfig, inject_adapter_in_model
 
+    if spec.freeze_a:
+        raise AdapterError("FFA-LoRA is for adapters that are aggregated; the far side trains A and B")
     side = cast("_Tunable", far)
-    linears = _linears(side.blocks)
-    names = _chosen(linears, spec.targets)
-    config = LoraConfig(
-        r=spec.r,
-        lora_alpha=cast("int", spec.alpha),  # PEFT divides by r; a fraction is fine
-        lora_dropout=spec.dropout,
-        target_modules=names,
-        use_rslora=spec.use_rslora,
-        # GPT-2 stores its linears transposed (`Conv1D`); a family has one kind only.
-        fan_in_fan_out=all(_is_conv1d(linears[name]) for name in names),
-    )
+    linears = linears_of(side.blocks)
+    names = chosen_linears(linears, spec.targets)
+    config = LoraConfig(**lora_fields(spec), target_modules=names, fan_in_fan_out=is_transposed(linears, names))
     with torch.random.fork_rng(devices=[]):  # PEFT draws a first A from the global generator, which is not ours to move
         inject_adapter_in_model(config, side.blocks, _ADAPTER_NAME)
-    _init_a(side.blocks, seed)
+    draw_a([parameter for name, parameter in side.blocks.named_parameters() if ".lora_A." in name], seed)
     far.requires_grad_(False)
     for name, parameter in side.blocks.named_parameters():
         parameter.requires_grad_(".lora_" in name)
@@ -94,12 +97,32 @@ def add_lora(far: nn.Module, spec: LoraSpec, *, seed: int) -> None:
         side.head.requires_grad_(True)
 
 
-def _linears(blocks: nn.ModuleList) -> dict[str, nn.Module]:
+def lora_fields(spec: LoraSpec) -> dict[str, Any]:
+    """The fields of PEFT's `LoraConfig` that a spec decides alone."""
+    return {
+        "r": spec.r,
+        "lora_alpha": spec.alpha,  # PEFT divides by r; a fraction is fine
+        "lora_dropout": spec.dropout,
+        "use_rslora": spec.use_rslora,
+    }
+
+
+def is_transposed(linears: Mapping[str, nn.Module], names: Iterable[str]) -> bool:
+    """Whether weights are stored as GPT-2 does, transposed (`Conv1D`); a family has one kind only."""
+    return all(_is_conv1d(linears[name]) for name in names)
+
+
+def linears_of(blocks: nn.ModuleList) -> dict[str, nn.Module]:
+    """Every linear of the blocks, by its path in them.
+
+    Raises:
+        AdapterError: there is an adapter already.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from torch import nn
 
     if any(isinstance(module, BaseTunerLayer) for module in blocks.modules()):
-        raise AdapterError("the far side has an adapter already")
+        raise AdapterError("the model has an adapter already")
     return {n: m for n, m in blocks.named_modules() if isinstance(m, nn.Linear) or _is_conv1d(m)}
 
 
@@ -109,7 +132,12 @@ def _is_conv1d(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
-def _chosen(linears: dict[str, Any], targets: tuple[str, ...] | Literal["all-linear"]) -> list[str]:
+def chosen_linears(linears: Mapping[str, Any], targets: tuple[str, ...] | Literal["all-linear"]) -> list[str]:
+    """The paths of the linears that targets name, in the blocks' order.
+
+    Raises:
+        UnsupportedLayerError: a target is not a linear of the blocks; the hint lists those there are.
+    """
     if targets == "all-linear":
         return list(linears)
     chosen: set[str] = set()
@@ -126,12 +154,11 @@ def _chosen(linears: dict[str, Any], targets: tuple[str, ...] | Literal["all-lin
     return [name for name in linears if name in chosen]
 
 
-def _init_a(blocks: nn.ModuleList, seed: int) -> None:
-    """Draw every A as PEFT does (Kaiming uniform, a = sqrt(5)), but from our own generator, in the blocks' order."""
+def draw_a(matrices: Iterable[Tensor], seed: int) -> None:
+    """Draw every A as PEFT does (Kaiming uniform, a = sqrt(5)), but from our own generator, in the order given."""
     import torch
     from torch.nn.init import kaiming_uniform_
 
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in blocks.named_parameters():
-        if ".lora_A." in name:
-            kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
+    for matrix in matrices:
+        kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)

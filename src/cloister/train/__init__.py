@@ -22,11 +22,16 @@ if TYPE_CHECKING:
         check_dataset,
         open_dataset,
     )
+    from cloister.train._dp_sgd import DpSgdSpec, PrivateTraining, make_private
     from cloister.train._encoder import NearEncoder
-    from cloister.train._evaluate import EvalResult, evaluate, predict
+    from cloister.train._evaluate import EvalResult, EvalSums, evaluate, evaluate_sums, merge_sums, predict
     from cloister.train._far import FarTrainer, StepInfo, TrainResult
     from cloister.train._features import ExampleKey, Features, FeatureSource, MemoryFeatures
+    from cloister.train._local import LocalTraining, LocalUpdate, complete
     from cloister.train._near import NearRun
+    from cloister.train._peft_folder import load_peft, save_peft
+    from cloister.train._privacy import gaussian_epsilon, noised, on_grid
+    from cloister.train._proximal import proximal_term
     from cloister.train._release import export_far_state, export_release, import_far_state
     from cloister.train._schedule import StepPlan, TrainSpec
     from cloister.train._shards import (
@@ -39,6 +44,7 @@ if TYPE_CHECKING:
     )
     from cloister.train._store import ShardStore, open_store, verify_shard_file
     from cloister.train._text import TextEncoder, Tokenised
+    from cloister.train._tokens import question_features, token_features
 
 
 # Public name -> private module. One line a name, grouped by module; `__all__` below is the same names, sorted.
@@ -87,6 +93,25 @@ _HOME = {
     "import_far_state": "_release",
     "StepPlan": "_schedule",
     "TrainSpec": "_schedule",
+    # adapters that are aggregated
+    "DpSgdSpec": "_dp_sgd",
+    "PrivateTraining": "_dp_sgd",
+    "make_private": "_dp_sgd",
+    "load_peft": "_peft_folder",
+    "save_peft": "_peft_folder",
+    "gaussian_epsilon": "_privacy",
+    "noised": "_privacy",
+    "on_grid": "_privacy",
+    "proximal_term": "_proximal",
+    # a client of Method 1, in its own enclave
+    "EvalSums": "_evaluate",
+    "evaluate_sums": "_evaluate",
+    "merge_sums": "_evaluate",
+    "LocalTraining": "_local",
+    "complete": "_local",
+    "LocalUpdate": "_local",
+    "question_features": "_tokens",
+    "token_features": "_tokens",
 }
 
 __all__ = [
@@ -94,16 +119,21 @@ __all__ = [
     "Checkpointer",
     "Columns",
     "Dataset",
+    "DpSgdSpec",
     "EvalResult",
+    "EvalSums",
     "Example",
     "ExampleKey",
     "FarTrainer",
     "Feature",
     "FeatureSource",
     "Features",
+    "LocalTraining",
+    "LocalUpdate",
     "MemoryFeatures",
     "NearEncoder",
     "NearRun",
+    "PrivateTraining",
     "ShardBody",
     "ShardStore",
     "StepInfo",
@@ -116,21 +146,33 @@ __all__ = [
     "TrainState",
     "alone_baseline",
     "check_dataset",
+    "complete",
     "decode_shard",
     "dequantize",
     "encode_shard",
     "evaluate",
+    "evaluate_sums",
     "export_far_state",
     "export_release",
+    "gaussian_epsilon",
     "import_far_state",
     "linear_head_baseline",
+    "load_peft",
     "majority_baseline",
+    "make_private",
+    "merge_sums",
+    "noised",
+    "on_grid",
     "open_dataset",
     "open_store",
     "predict",
+    "proximal_term",
     "quantize",
+    "question_features",
+    "save_peft",
     "shard_context",
     "shard_entries",
+    "token_features",
     "verify_shard_file",
 ]
 

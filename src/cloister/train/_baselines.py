@@ -121,7 +121,7 @@ def _accuracy(keys: Sequence[ExampleKey], labels: Tensor, predicted: Tensor) -> 
         "value": float(hits.mean()),
         "per_client": {client: float(hits[mine[client]].mean()) for client in sorted(mine)},
         "n": {client: int(mine[client].sum()) for client in sorted(mine)},
-        "extra": {"macro_f1": macro_f1(labels.tolist(), predicted.tolist())},
+        "extra": {"macro_f1": macro_f1((*pair, 1) for pair in zip(labels.tolist(), predicted.tolist(), strict=True))},
     }
 
 

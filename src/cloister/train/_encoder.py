@@ -80,14 +80,14 @@ class NearEncoder:
         Raises:
             DataError: no text, an empty one, or one over the limit; its number counts from 1.
         """
-        examples = [_question(i, text, self.task) for i, text in enumerate(texts)]
+        examples = [as_question(i, text, self.task) for i, text in enumerate(texts)]
         if not examples:
             raise DataError("there is no text to predict for", hint="give at least one")
         return self._body(self.text.encode(examples, place=lambda example: f"text {example.row}"))
 
     def continued(self, prompt: str, made: Sequence[int]) -> bytes | None:
         """The question for the token after `prompt` and the tokens `made` so far; None at the length limit."""
-        (item,) = self.text.encode([_question(0, prompt, self.task)], place=lambda _: "the prompt")
+        (item,) = self.text.encode([as_question(0, prompt, self.task)], place=lambda _: "the prompt")
         ids = [*item.input_ids, *made]
         if self.text.limit is not None and len(ids) >= self.text.limit:
             return None
@@ -124,7 +124,8 @@ def _split(block: BoundaryBlock, lengths: Sequence[int]) -> list[BoundaryBlock]:
     return [BoundaryBlock(*pair) for pair in zip(values, scales, strict=True)]
 
 
-def _question(index: int, text: str | tuple[str, str], task: TaskSpec) -> Example:
+def as_question(index: int, text: str | tuple[str, str], task: TaskSpec) -> Example:
+    """A text, a pair or a prompt as an example without label. Raises `DataError` where it is empty."""
     first, second = (text, None) if isinstance(text, str) else text
     if not first.strip() or (second is not None and not second.strip()):
         raise DataError(f"text {index + 1} is empty", row=index + 1, hint="leave it out")

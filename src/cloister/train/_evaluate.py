@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,27 @@ class EvalResult:
         }
 
 
+@dataclass(frozen=True)
+class EvalSums:
+    """What one client's held-out examples add to a metric; sums of several clients make the metric of all.
+
+    Attributes:
+        client: whose.
+        n: examples.
+        n_targets: labels, or tokens that carry loss.
+        n_correct: targets that were the most likely.
+        loss_sum: of the targets' negative log likelihoods, in nats.
+        pairs: how often a label was predicted as which, as (label, predicted, count); empty for causal-lm.
+    """
+
+    client: str
+    n: int
+    n_targets: int
+    n_correct: int
+    loss_sum: float
+    pairs: tuple[tuple[int, int, int], ...] = ()
+
+
 def evaluate(far: FarSide, source: Features, task: TaskSpec, split: str = "test") -> EvalResult:
     """Measures a far side on one split of every client.
 
@@ -63,6 +85,11 @@ def evaluate(far: FarSide, source: Features, task: TaskSpec, split: str = "test"
     Raises:
         DataError: the split is empty.
     """
+    return merge_sums(evaluate_sums(far, source, split), task)
+
+
+def evaluate_sums(far: FarSide, source: Features, split: str = "test") -> list[EvalSums]:
+    """The sums of every client that has examples in the split; raises `DataError` where nobody has."""
     far.eval()
     keys = source.split(split)
     if not keys:
@@ -73,7 +100,7 @@ def evaluate(far: FarSide, source: Features, task: TaskSpec, split: str = "test"
     for batch in _by_tokens(order, [source.n_tokens(key) for key in keys]):
         features = [source.get(keys[i]) for i in batch]
         rows += _rows([keys[i] for i in batch], features, score(far, features))
-    return _result(rows, task)
+    return [_sums(client, rows) for client in sorted({row.client for row in rows})]
 
 
 @torch.no_grad()
@@ -120,36 +147,54 @@ def _rows(keys: Sequence[ExampleKey], features: Sequence[Feature], scored: Score
     ]
 
 
-def _result(rows: Sequence[_Row], task: TaskSpec) -> EvalResult:
-    clients = sorted({row.client for row in rows})
-    mine = {client: [row for row in rows if row.client == client] for client in clients}
-    n = {client: len(found) for client, found in mine.items()}
-    loss = _mean_loss(rows)
+def _sums(client: str, rows: Sequence[_Row]) -> EvalSums:
+    mine = [row for row in rows if row.client == client]
+    pairs = Counter((row.label, row.predicted) for row in mine if row.label is not None and row.predicted is not None)
+    return EvalSums(
+        client,
+        len(mine),
+        sum(row.n_targets for row in mine),
+        sum(row.n_correct for row in mine),
+        math.fsum(row.loss_sum for row in mine),
+        tuple((label, predicted, count) for (label, predicted), count in sorted(pairs.items())),
+    )
+
+
+def merge_sums(sums: Sequence[EvalSums], task: TaskSpec) -> EvalResult:
+    """The metric over all clients' examples, and each client's own."""
+    n = {found.client: found.n for found in sums}
+    loss = _mean_loss(sums)
     if task.name == "sequence-classification":
-        per_client = {client: _hit_rate(found) for client, found in mine.items()}
-        extra = {"macro_f1": macro_f1([row.label for row in rows], [row.predicted for row in rows])}
-        return EvalResult("accuracy", _hit_rate(rows), per_client, n, loss, extra)
-    per_client = {client: _perplexity(_mean_loss(found)) for client, found in mine.items()}
-    return EvalResult("perplexity", _perplexity(loss), per_client, n, loss, {"token_accuracy": _hit_rate(rows)})
+        per_client = {found.client: _hit_rate([found]) for found in sums}
+        pairs = [pair for found in sums for pair in found.pairs]
+        return EvalResult("accuracy", _hit_rate(sums), per_client, n, loss, {"macro_f1": macro_f1(pairs)})
+    per_client = {found.client: _perplexity(_mean_loss([found])) for found in sums}
+    return EvalResult("perplexity", _perplexity(loss), per_client, n, loss, {"token_accuracy": _hit_rate(sums)})
 
 
-def macro_f1(labels: Sequence[int | None], predicted: Sequence[int | None]) -> float:
-    """Mean over classes of 2 TP / (2 TP + FP + FN), over the classes that occur among labels or predictions."""
-    classes = set(labels) | set(predicted)
-    pairs = list(zip(labels, predicted, strict=True))
-    scores = []
-    for cls in classes:
-        hits = sum(1 for label, guess in pairs if label == cls == guess)
-        scores.append(2 * hits / (labels.count(cls) + predicted.count(cls)))
-    return sum(scores) / len(scores)
+def macro_f1(pairs: Iterable[tuple[int, int, int]]) -> float:
+    """Mean over classes of 2 TP / (2 TP + FP + FN), over the classes that occur among labels or predictions.
+
+    Args:
+        pairs: (label, predicted, count), in any order and as often as one likes.
+    """
+    hits: Counter[int] = Counter()
+    labelled: Counter[int] = Counter()
+    predicted: Counter[int] = Counter()
+    for label, guess, count in pairs:
+        hits[label] += count if label == guess else 0
+        labelled[label] += count
+        predicted[guess] += count
+    classes = set(labelled) | set(predicted)
+    return sum(2 * hits[c] / (labelled[c] + predicted[c]) for c in classes) / len(classes)
 
 
-def _hit_rate(rows: Sequence[_Row]) -> float:
-    return sum(row.n_correct for row in rows) / max(1, sum(row.n_targets for row in rows))
+def _hit_rate(sums: Sequence[EvalSums]) -> float:
+    return sum(found.n_correct for found in sums) / max(1, sum(found.n_targets for found in sums))
 
 
-def _mean_loss(rows: Sequence[_Row]) -> float:
-    return math.fsum(row.loss_sum for row in rows) / max(1, sum(row.n_targets for row in rows))
+def _mean_loss(sums: Sequence[EvalSums]) -> float:
+    return math.fsum(found.loss_sum for found in sums) / max(1, sum(found.n_targets for found in sums))
 
 
 def _perplexity(loss: float) -> float:

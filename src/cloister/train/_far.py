@@ -86,10 +86,11 @@ class FarTrainer:
     Args:
         far: *secret* once it trains. Gets the adapter here if it has none yet.
         spec: steps, rates and seed.
-        lora: the adapter.
+        lora: the adapter; None where the caller has attached one.
         task: decides the loss.
         source: every client's features.
         checkpoint: where to seal the state; None trains without.
+        regulariser: added to the loss of every step, such as FedProx's proximal term.
         on_step: told after every step.
         on_epoch: told (counted from 1) after every epoch; may evaluate.
         stop: when set, training seals its state after the current step and returns.
@@ -102,21 +103,23 @@ class FarTrainer:
         self,
         far: FarSide,
         spec: TrainSpec,
-        lora: LoraSpec,
+        lora: LoraSpec | None,
         task: TaskSpec,
         source: Features,
         *,
         checkpoint: Checkpointer | None = None,
+        regulariser: Callable[[], Tensor] | None = None,
         on_step: Callable[[StepInfo], None] | None = None,
         on_epoch: Callable[[int], None] | None = None,
         stop: threading.Event | None = None,
     ) -> None:
         self._far, self._spec, self._source = far, spec, source
+        self._regulariser = regulariser
         self._checkpoint, self._on_step, self._on_epoch, self._stop = checkpoint, on_step, on_epoch, stop
         self._keys = source.split("train")
         if not self._keys:
             raise DataError("no client has a training example", hint="look at the clients' `train` files and `where`")
-        if not any(isinstance(module, BaseTunerLayer) for module in far.blocks.modules()):
+        if lora and not any(isinstance(module, BaseTunerLayer) for module in far.blocks.modules()):
             add_lora(far, lora, seed=spec.seed)
         accelerate_lora(far.blocks)
         self._plan = StepPlan(spec, len(self._keys))
@@ -185,6 +188,8 @@ class FarTrainer:
         loss = 0.0
         for piece in micro_batches(lengths, overhead=self._overhead, max_examples=self._spec.batch_size):
             loss += backward(self._far, [features[i] for i in piece], [weights[i] for i in piece])
+        if self._regulariser is not None:
+            self._regulariser().backward()
         torch.nn.utils.clip_grad_norm_(self._named.values(), self._spec.max_grad_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -249,10 +254,11 @@ def _set_modes(far: FarSide, *, training: bool) -> None:
             module.lora_dropout.train()  # type: ignore[union-attr,operator]
 
 
-def _fingerprint(far: FarSide, spec: TrainSpec, lora: LoraSpec, task: TaskSpec, source: Features) -> str:
+def _fingerprint(far: FarSide, spec: TrainSpec, lora: LoraSpec | None, task: TaskSpec, source: Features) -> str:
     """Hex SHA-256 of everything that the course of training depends on."""
     told = asdict(spec)
     del told["checkpoint_every_steps"]  # how often the state is saved changes nothing about it
     shapes = {name: list(p.shape) for name, p in far.named_parameters() if p.requires_grad}
-    parts = [told, asdict(lora), asdict(task), source.fingerprint, far.info.family, far.cut_layer, shapes]
+    of_adapter = asdict(lora) if lora else {}
+    parts = [told, of_adapter, asdict(task), source.fingerprint, far.info.family, far.cut_layer, shapes]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -151,3 +151,8 @@ def test_the_global_generator_is_left_alone(llama: FarSide) -> None:
 def test_a_senseless_spec_is_refused(wrong: dict) -> None:
     with pytest.raises(AdapterError):
         LoraSpec(**wrong)
+
+
+def test_the_far_side_trains_a_too(llama: FarSide) -> None:
+    with pytest.raises(AdapterError, match="FFA"):
+        add_lora(llama, LoraSpec(freeze_a=True), seed=0)

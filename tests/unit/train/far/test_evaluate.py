@@ -75,8 +75,8 @@ def test_other_splits_and_clients_without_examples(make_job):
 
 def test_macro_f1_by_hand():
     # class 0: TP 1, FP 1, FN 1 -> 1/2; class 1: TP 1, FP 1, FN 0 -> 2/3; class 2: TP 0, FP 0, FN 1 -> 0
-    assert macro_f1([0, 0, 1, 2], [0, 1, 1, 0]) == pytest.approx((1 / 2 + 2 / 3 + 0) / 3)
-    assert macro_f1([1, 1], [1, 1]) == 1.0
+    assert macro_f1([(0, 0, 1), (0, 1, 1), (1, 1, 1), (2, 0, 1)]) == pytest.approx((1 / 2 + 2 / 3 + 0) / 3)
+    assert macro_f1([(1, 1, 2)]) == 1.0
 
 
 def test_predictions_come_in_the_order_of_the_questions(make_job):
