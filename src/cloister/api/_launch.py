@@ -42,13 +42,15 @@ class Programs:
     """What a run starts; tests put doubles in their place.
 
     Attributes:
-        server, client: argument lists to which the run's own arguments are added.
+        server, client, enclave_client, accelerator: argument lists to which the run's own arguments are added.
         relay: builds the relay.
         env: added to the environment of our own processes.
     """
 
     server: Sequence[str] = (sys.executable, "-m", "cloister.api._server_main")
     client: Sequence[str] = (sys.executable, "-m", "cloister.api._client_main")
+    enclave_client: Sequence[str] = (sys.executable, "-m", "cloister.api._enclave_client_main")
+    accelerator: Sequence[str] = (sys.executable, "-m", "cloister.api._accelerator_main")
     relay: Callable[..., Relay] = Relay
     env: Mapping[str, str] = field(default_factory=dict)
 
@@ -126,7 +128,10 @@ class Launch:
         self.is_done = False
         self.memory = MemoryWatch()
         self.server = self._server_child()
-        self.clients = {name: self._client_child(name) for name in job.client_names}
+        has_enclaves = job.method.name == "enclave"
+        self.accelerators = {n: self._accelerator_child(n) for n in job.client_names if self._needs_accelerator(n)}
+        client_child = self._enclave_client_child if has_enclaves else self._client_child
+        self.clients = {name: client_child(name) for name in job.client_names}
 
     # --- life -----------------------------------------------------------------------------------------------------
 
@@ -145,6 +150,8 @@ class Launch:
     def start(self) -> None:
         """Starts everything."""
         self.start_server()
+        for child in self.accelerators.values():
+            child.start()
         for name, child in self.clients.items():
             self._tail.skip(self._events_of(name))
             child.start()
@@ -165,7 +172,7 @@ class Launch:
             CloisterError: the run cannot go on.
         """
         self.drain()
-        for child in (self.server, *self.clients.values()):
+        for child in (self.server, *self.accelerators.values(), *self.clients.values()):
             self._revive(child)
         if self._relay is not None:
             self._relay.poll()
@@ -180,14 +187,15 @@ class Launch:
     def stop(self) -> None:
         """Takes everything down; safe to call twice."""
         self.stop_relay()
-        for child in (*self.clients.values(), self.server):
+        for child in (*self.clients.values(), self.server, *self.accelerators.values()):
             child.stop()
         self.drain()
         shutil.rmtree(self._sockets, ignore_errors=True)
 
     def pids(self) -> dict[str, list[int]]:
         """Process ids by role, for tests that kill them and for memory figures."""
-        own = {c.name: [c.process.pid] for c in (self.server, *self.clients.values()) if c.process and c.code is None}
+        children = (self.server, *self.accelerators.values(), *self.clients.values())
+        own = {c.name: [c.process.pid] for c in children if c.process and c.code is None}
         return own | (self._relay.processes() if self._relay is not None else {})
 
     @property
@@ -211,10 +219,43 @@ class Launch:
     def _client_child(self, name: str) -> Child:
         argv = [*self._programs.client, "--run", str(self._folder.path), "--name", name,
                 "--socket", str(self.client_socket(name))]  # fmt: skip
-        # Every client computes at the same time, and on this machine they share the cores.
+        log = self._folder.logs / f"client-{name}.log"
+        return Child(f"client/{name}", argv, env=self._shared_cores(), log=log)
+
+    def start_asking(self, name: str) -> Path:
+        """Starts one client's enclave to answer its own questions, with its accelerator. Returns its host port."""
+        if name in self.accelerators:
+            self.accelerators[name].start()
+        child = self.clients[name] = self._enclave_client_child(name, "--ask")
+        self._tail.skip(self._events_of(name))
+        child.start()
+        self._wait_until_serving(self.client_socket(name), child.name)
+        return self.client_socket(name)
+
+    def _needs_accelerator(self, name: str) -> bool:
+        return self._job.method.name == "enclave" and self._job.client(name).accelerator is None
+
+    def _accelerator_address(self, name: str) -> str:
+        number = sorted(self._job.client_names).index(name)
+        return self._job.client(name).accelerator or f"unix:{self._sockets / f'a{number}'}"
+
+    def _enclave_client_child(self, name: str, *options: str) -> Child:
+        argv = [*self._programs.enclave_client, "--run", str(self._folder.path), "--name", name,
+                "--socket", str(self.client_socket(name)), "--accelerator", self._accelerator_address(name),
+                *options]  # fmt: skip
+        secret = provision(self._job.enclave.backend)
+        log = self._folder.logs / f"client-{name}.log"
+        return Child(f"client/{name}", argv, env=self._shared_cores(), log=log, secret=secret)
+
+    def _accelerator_child(self, name: str) -> Child:
+        argv = [*self._programs.accelerator, "--connect", self._accelerator_address(name)]
+        log = self._folder.logs / f"accelerator-{name}.log"
+        return Child(f"accelerator/{name}", argv, env=self._shared_cores(), log=log)
+
+    def _shared_cores(self) -> dict[str, str]:
+        """Every client computes at the same time, and on this machine they share the cores."""
         threads = max(1, (os.cpu_count() or 1) // len(self._job.client_names))
-        env = {"OMP_NUM_THREADS": str(threads), **os.environ, **self._programs.env}
-        return Child(f"client/{name}", argv, env=env, log=self._folder.logs / f"client-{name}.log")
+        return {"OMP_NUM_THREADS": str(threads), **os.environ, **self._programs.env}
 
     def _revive(self, child: Child) -> None:
         code = child.code
@@ -276,14 +317,18 @@ class Launch:
 
     def wait_until_serving(self) -> None:
         """Blocks until the server enclave answers on its host port with a trained model."""
+        self._wait_until_serving(self.server_socket, "server")
+
+    def _wait_until_serving(self, socket_path: Path, name: str) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             self.poll()
-            if self.server_socket.exists():
+            if socket_path.exists():
                 try:
-                    if host_call(self.server_socket, "status", {}, timeout_s=5.0)["serving"]:
+                    if host_call(socket_path, "status", {}, timeout_s=5.0)["serving"]:
                         return
                 except EnclaveError:
                     pass  # it listens before it answers: hardening comes in between
             time.sleep(0.1)
-        raise EnclaveError("the server enclave did not come up", hint=f"see {self._folder.logs / 'server.log'}")
+        log = name.replace("/", "-")
+        raise EnclaveError(f"the enclave {name} did not come up", hint=f"see {self._folder.logs / f'{log}.log'}")

@@ -65,12 +65,26 @@ def predict(
     if not folder.result.is_file():
         raise FederationError(f"{folder.run_id} is not finished", hint="resume it with `cloister run --resume`")
     tell = on_event or (lambda _event: None)
+    if job.method.name == "enclave":
+        launch = Launch(job, folder, on_event=tell, programs=programs)
+        return _ask_own_enclave(launch, job, client, list(texts), max_new_tokens)
     plan = client_plan(job, folder, Policy.load(folder.policy), client, with_data=False)
     with _enclave(job, folder, tell, programs) as socket_path:
         link = ServerLink(plan, now=time.time, on_decision=lambda found: tell(_decision_event(client, found)))
         questioner = Questioner(plan, link, lambda blob: _exchange(socket_path, client, blob))
         questioner.connect()
         return _ask(plan, questioner, list(texts), max_new_tokens)
+
+
+def _ask_own_enclave(launch: Launch, job: Job, client: str, texts: list[Any], limit: int) -> list[dict[str, Any]]:
+    """Method 1: the client's own enclave has the adapter, and answers its own people."""
+    with launch:
+        socket_path = launch.start_asking(client)
+        asked = {"texts": [list(text) if isinstance(text, tuple) else text for text in texts], "max_new_tokens": limit}
+        answers = host_call(socket_path, "ask", asked, timeout_s=CALL_TIMEOUT_S)["answers"]
+    if job.task.name == "sequence-classification":
+        return [_classified(answer["probabilities"], job.task.labels) for answer in answers]
+    return answers
 
 
 def _exchange(socket_path: Path, client: str, blob: bytes) -> bytes:

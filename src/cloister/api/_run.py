@@ -1,4 +1,4 @@
-"""`run`: one whole run of Method 2 on this machine, every party in a process of its own."""
+"""`run`: one whole run on this machine, every party in a process of its own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from cloister._files import write_whole
 from cloister.attest import Policy
 from cloister.config import Job, check_job, load_job
 from cloister.errors import ConfigError, FederationError
+from cloister.pad import ASSUMPTIONS, PadMode
 from cloister.report import write_report, write_tensorboard
 
 from ._events import Event, OnEvent
@@ -55,6 +56,8 @@ def run(
     """
     folder = _resumed(job, resume) if resume is not None else _fresh(job, Path(runs_dir))
     job = folder.read_job()
+    if serve and job.method.name == "enclave":
+        raise ConfigError("no server enclave serves this method", hint="a client asks its own: `cloister predict`")
     events: list[Event] = []
 
     def note(event: Event) -> None:
@@ -66,7 +69,8 @@ def run(
     with Launch(job, folder, on_event=note, programs=programs) as launch:
         policy = Policy.load(folder.policy)
         launch.emit("run", run_id=folder.run_id, run_dir=str(folder.path), job=job.name,
-                    clients=list(job.client_names), simulated=policy.allow_simulated, job_sha384=job.sha384.hex(),
+                    method=job.method.name, clients=list(job.client_names), **_pad_of(job),
+                    simulated=policy.allow_simulated, job_sha384=job.sha384.hex(),
                     policy_sha384=policy.sha384.hex(), resumed=resume is not None)  # fmt: skip
         launch.emit("phase", phase="start", status="begin")
         launch.start()
@@ -81,6 +85,14 @@ def run(
         if serve:
             _serve_until_interrupted(launch, folder)
     return RunResult(folder.run_id, folder.path, result)
+
+
+def _pad_of(job: Job) -> dict[str, str]:
+    """How frozen layers will be masked, and what that rests on: said before anything is masked."""
+    if job.method.name != "enclave":
+        return {}
+    mode = PadMode(job.method.pad)
+    return {"pad": mode.value, "ring": job.method.ring, "assumption": ASSUMPTIONS[mode]}
 
 
 def _fresh(job: Job | str | Path | None, runs_dir: Path) -> RunFolder:

@@ -61,6 +61,10 @@ def _node_key(job: Job, folder: RunFolder, name: str) -> None:
 def _write_policy(job: Job, folder: RunFolder) -> None:
     """A strict policy for this machine's simulated platform: this release, this job, these weights, nothing else."""
     root = simulated_platform().root_sha256
-    write_policy(folder.policy, root_sha256=root, server_rtmr3=())  # its template, which has no values, is measured too
+    has_client_enclaves = job.method.name == "enclave"
+    clients: tuple[bytes, ...] | None = () if has_client_enclaves else None
+    # Its template, which has no values, is measured too.
+    write_policy(folder.policy, root_sha256=root, server_rtmr3=(), client_rtmr3=clients)
     rtmr3 = bytes.fromhex(measure_job(job, policy_file=folder.policy).rtmr3)
-    write_policy(folder.policy, root_sha256=root, server_rtmr3=(rtmr3,))
+    clients = (rtmr3,) if has_client_enclaves else None
+    write_policy(folder.policy, root_sha256=root, server_rtmr3=(rtmr3,), client_rtmr3=clients)

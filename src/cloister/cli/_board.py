@@ -27,8 +27,14 @@ class Upload:
 
 @dataclass
 class Training:
-    """One model that the server enclave trains: the federated one, or one client's alone."""
+    """One model that is trained: the federated one, one client's alone, or one client's part of a round.
 
+    Attributes:
+        round, round_at: of Method 1, else 0; how many losses there were before it.
+    """
+
+    round: int = 0
+    round_at: int = 0
     step: int = 0
     n_steps: int = 0
     epoch: int = 0
@@ -60,6 +66,7 @@ class Board:
     restarts: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     errors: list[dict[str, Any]] = field(default_factory=list)
+    rounds: tuple[int, int] = (0, 0)
     started_t: float = 0.0
     last_t: float = 0.0
 
@@ -79,6 +86,11 @@ class Board:
     @property
     def simulated(self) -> bool:
         return bool(self.run.get("simulated"))
+
+    @property
+    def has_rounds(self) -> bool:
+        """Whether the clients train, in rounds (Method 1)."""
+        return self.run.get("method") == "enclave"
 
     @property
     def training(self) -> tuple[str, Training] | None:
@@ -122,8 +134,12 @@ class Board:
 
     def _on_step(self, event: dict[str, Any]) -> None:
         training = self.trainings.setdefault(str(event.get("model", "federated")), Training())
-        if event["step"] < training.step:  # A restarted enclave goes back to its checkpoint.
-            del training.losses[event["step"] :]
+        if event["step"] < training.step:  # A restarted enclave goes back to its checkpoint, or a round begins.
+            if event.get("round", 0) == training.round:
+                del training.losses[training.round_at + event["step"] :]
+            training.first_t = None
+        if event.get("round", 0) != training.round:
+            training.round, training.round_at = event["round"], len(training.losses)
             training.first_t = None
         training.step, training.n_steps, training.epoch = event["step"], event["n_steps"], event.get("epoch", 0)
         training.lr = event.get("lr", training.lr)
@@ -133,6 +149,9 @@ class Board:
         if training.first_t is None:
             training.first_t, training.first_step = self.last_t, training.step
         training.last_t = self.last_t
+
+    def _on_round(self, event: dict[str, Any]) -> None:
+        self.rounds = (int(event["n_round"]), int(event["n_rounds"]))
 
     def _on_metric(self, event: dict[str, Any]) -> None:
         self.metrics[str(event.get("when"))] = event

@@ -12,10 +12,13 @@ operator of the server, their data or the tuned layers.
   cloister run job.toml               train; the report is runs/latest/report.html
   cloister predict --run runs/latest --client hospital-a "Acute bronchitis"
 
+  cloister plan folder/of/model       what each method costs, on this machine or another
   cloister doctor                     what this machine has: TEEs, hardening, versions
   cloister measure job.toml           what the job's enclave will measure, for a policy
   cloister policy init evidence       a strict policy from evidence that you show
   cloister verify evidence --policy policy.toml
+
+  cloister accelerator --listen unix:/path    lend a GPU or CPU to an enclave, without trust
 """
 
 EXIT_CODES = """\
@@ -90,6 +93,21 @@ its sealed checkpoint if it is down, and the answer comes back sealed.""",
 examples:
   cloister predict --run runs/latest --client hospital-north "Acute bronchitis due to rhinovirus"
   cloister predict --run runs/latest --client hospital-north --file texts.txt --json
+""",
+)
+
+PLAN = (
+    """\
+estimate what each method costs for a model and a machine
+Memory of the enclave, bytes over each boundary and expected speed: of masked offload (Method 1) in every pad mode and
+format, and of split tuning (Method 2), beside everything in the TEE, on the plain accelerator, and on a GPU with
+confidential computing. Only the model's configuration is read. docs/plan.md explains each term and its source.""",
+    """\
+examples:
+  cloister plan models/llama-7b                              measures this machine, for some seconds
+  cloister plan models/llama-7b --machine tdx-96-h200        a preset, which is an assumption
+  cloister plan models/llama-7b --save-machine mine.toml     keep what was measured, or edit it
+  cloister plan models/llama-7b --machine mine.toml --json
 """,
 )
 
@@ -175,5 +193,20 @@ Intel's service learns the platform's model; AMD's learns the chip's id and firm
 examples:
   cloister collateral fetch --quote quote.bin --out collateral.json
   cloister collateral fetch --snp-report report.bin --out chain.pem
+""",
+)
+
+ACCELERATOR = (
+    """\
+lend this machine's GPU or CPU to an enclave, which trusts it with nothing
+Holds the frozen weights that it is sent, and multiplies masked features by them, until it is stopped. It sees no
+features: only public weights, shapes, order and timing. The enclave checks every answer, and goes on after a
+restart of this process. One enclave at a time; at a unix: path only this user's, on this host, over shared memory.
+The link of tcp:// is not encrypted: with the pad otp-2, nobody may read the links of both accelerators.""",
+    """\
+examples:
+  cloister accelerator --listen unix:/run/user/1000/gpu.sock --device cuda
+  cloister accelerator --listen tcp://10.0.0.5:7070
+  cloister accelerator --connect tcp://10.0.0.9:7070   a client's enclave that waits there (clients.accelerator)
 """,
 )

@@ -53,7 +53,7 @@ class LiveView:
         with self._lock:
             self.board.apply(event)
             # Phases are in the panel already; everything else that is worth a line stays above it.
-            lines = [] if event.get("event") == "phase" else event_lines(event, self.board)
+            lines = [] if event.get("event") in ("phase", "round") else event_lines(event, self.board)
         for line in lines:
             style = next((style for start, style in _STYLES.items() if line.startswith(start)), "")
             self._console.print(f"[{style}]{escape(line)}[/]" if style else escape(line), highlight=False)
@@ -64,7 +64,7 @@ class LiveView:
             parts: list[RenderableType] = [_phases(board)]
             if board.clients:
                 parts.append(_clients(board))
-            parts += [line for line in (_training(board), _footer(board)) if line is not None]
+            parts += [line for line in (_rounds(board), _training(board), _footer(board)) if line is not None]
             elapsed = human_time(self._clock() - board.started_t) if board.started_t else "0:00"
             title = Text.assemble(("cloister ", "bold"), str(board.run.get("job", board.run.get("run_id", ""))))
             if board.simulated:
@@ -108,6 +108,18 @@ def _clients(board: Board) -> Table:
     return table
 
 
+def _rounds(board: Board) -> RenderableType | None:
+    done, n_rounds = board.rounds
+    if not board.has_rounds or not n_rounds:
+        return None
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(width=28)
+    grid.add_column(no_wrap=True)
+    grid.add_row("rounds", _bar(done, n_rounds), f"{done}/{n_rounds}")
+    return grid
+
+
 def _training(board: Board) -> RenderableType | None:
     found = board.training
     if found is None:
@@ -135,5 +147,6 @@ def _footer(board: Board) -> Text | None:
     if left is not None and left > 0:
         # How many models the baselines will train is not known here, so their time is that of the present one.
         of = "for this model" if board.phase == "baselines" else "in this phase"
+        of = "in this round" if board.has_rounds else of
         parts.append(f"{human_time(left)} left {of}")
     return Text("  ".join(parts), style="dim") if parts else None

@@ -81,7 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("job", metavar="JOB", help="a job file")
     _add_run(add("run", *_help.RUN))
     _add_predict(add("predict", *_help.PREDICT))
+    _add_plan(add("plan", *_help.PLAN, module="_plan"))
     add_attest_commands(add, group)
+    _add_accelerator(add("accelerator", *_help.ACCELERATOR, module="_accelerator"))
     return parser
 
 
@@ -135,6 +137,32 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     given.add_argument("texts", nargs="*", default=[], metavar="TEXT", help="texts to classify, or prompts")
     given.add_argument("--file", metavar="F", help="one text a line; .jsonl with text, text_b; - is stdin")
     parser.add_argument("--json", action="store_true", help="one JSON object for each text on stdout")
+
+
+def _add_accelerator(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--listen", metavar="ADDRESS", help="unix:/path or tcp://host:port")
+    where.add_argument("--connect", metavar="ADDRESS", help="where a client's enclave waits for its accelerator")
+    devices = ("auto", "cpu", "cuda")
+    parser.add_argument("--device", choices=devices, default="auto", help="default: auto, CUDA where there is one")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a model's folder with config.json, or a name on the hub")
+    parser.add_argument(
+        "--machine", default="this", metavar="M",
+        help="this (measured now), a description's file, or a preset: tdx-96-h200, snp-64-h100, sgx-8-cpu, laptop",
+    )  # fmt: skip
+    parser.add_argument("--save-machine", metavar="F", help="write the machine's description, to keep or to edit")
+    parser.add_argument("--tokens", type=int, default=512, metavar="N", help="tokens of a batch (default: 512)")
+    parser.add_argument("--cut-layer", type=int, metavar="N", help="Method 2's near-side blocks (default: half)")
+    trained = parser.add_mutually_exclusive_group()
+    trained.add_argument("--rank", type=int, default=8, metavar="R", help="of LoRA on every linear (default: 8)")
+    trained.add_argument(
+        "--prefix-tokens", type=int, default=0, metavar="N", help="train a prefix (P-tuning v2) in place of LoRA"
+    )
+    parser.add_argument("--clients", type=int, default=3, metavar="N", help="institutions (default: 3)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
 def _set_up(*, debug: bool) -> None:

@@ -18,6 +18,12 @@ def summary(result: dict[str, Any], run_dir: Path) -> str:
     moved = "  ".join(f"{boundary} {human_bytes(n)}" for boundary, n in sorted(result.get("bytes", {}).items()))
     if moved:
         lines.append(f"moved     {moved}")
+    if rounds := result.get("rounds"):
+        lines.append(f"rounds    {len(rounds)}, {_updates(rounds)}")
+    if pad := result.get("pad"):
+        lines.append(f"pad       {pad['mode']}, ring {pad['ring']}: {pad['assumption']}")
+    if result.get("epsilon") is not None:
+        lines.append(f"privacy   epsilon {result['epsilon']:.2f} for each client")
     if result.get("left_out"):
         lines.append(f"left out  {', '.join(result['left_out'])} (did not deliver in time)")
     if result.get("simulated"):
@@ -51,6 +57,13 @@ def _examples(result: dict[str, Any]) -> str:
     train = sum(count.get("train", 0) for count in counts.values())
     test = sum(count.get("test", 0) for count in counts.values())
     return f"{train} for training, {test} held out, of {len(counts)} clients"
+
+
+def _updates(rounds: list[dict[str, Any]]) -> str:
+    counted = sum(len(found["clients"]) for found in rounds)
+    refused = sum(len(found["rejected"]) for found in rounds)
+    missing = sum(len(found["missing"]) for found in rounds)
+    return f"{counted} updates aggregated, {refused} refused, {missing} missing"
 
 
 def _times(result: dict[str, Any]) -> str:

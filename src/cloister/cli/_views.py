@@ -15,6 +15,12 @@ Event = dict[str, Any]
 STAMP = "SIMULATED"
 PROGRESS_EVERY_S = 5.0
 
+ENCLAVE_PHASE_WORDS = {
+    "start": "start the enclaves, their accelerators and the relay",
+    "prepare": "attest both ways; every client's enclave loads backbone, adapter and data",
+    "train": "rounds: clients' enclaves train, the server enclave aggregates",
+    "evaluate": "measure the final adapter on held-out examples, in the clients' enclaves",
+}
 PHASE_WORDS = {
     "start": "start the enclave, the relay and the clients",
     "handshake": "shake hands: every client checks the server enclave's evidence",
@@ -117,7 +123,9 @@ class PlainView(_BaseView):
     def _step(self, event: Event) -> list[str]:
         model = str(event.get("model", "federated"))
         training = self.board.trainings[model]
-        if not self._is_due(f"step/{model}", ended=training.step >= training.n_steps):
+        # One line a round for each client; without rounds, the end of each model once.
+        key = f"step/{model}/{event.get('round', 0)}"
+        if not self._is_due(key, ended=training.step >= training.n_steps):
             return []
         loss = f", loss {training.losses[-1]:.3f}" if training.losses else ""
         name = "" if model == "federated" else f"{model}: "
@@ -146,15 +154,22 @@ def event_lines(event: Event, board: Board) -> list[str]:
 def _run_lines(event: Event, _: Board) -> list[str]:
     lines = [f"run {event.get('run_id')}: {', '.join(event.get('clients', []))}"]
     if event.get("simulated"):
-        lines.append(f"{STAMP}: the server enclave is a hardened process on this machine, not a TEE")
+        lines.append(f"{STAMP}: {_enclaves(event)} a hardened process on this machine, not a TEE")
+    if event.get("assumption"):
+        lines.append(f"pad {event.get('pad')}, ring {event.get('ring')}: {event['assumption']}")
     return lines
 
 
-def _phase_lines(event: Event, _: Board) -> list[str]:
+def _enclaves(run: Event) -> str:
+    return "every enclave is" if run.get("method") == "enclave" else "the server enclave is"
+
+
+def _phase_lines(event: Event, board: Board) -> list[str]:
     phase = str(event.get("phase"))
     if event.get("status") != "begin" or phase not in PHASE_WORDS:
         return []
-    return [f"{phase}: {PHASE_WORDS[phase]}"]
+    words = PHASE_WORDS | (ENCLAVE_PHASE_WORDS if board.has_rounds else {})
+    return [f"{phase}: {words[phase]}"]
 
 
 def _evidence_lines(event: Event, board: Board) -> list[str]:
@@ -188,6 +203,15 @@ def _metric_lines(event: Event, board: Board) -> list[str]:
     return [f"  {event['name']} {value}: {words.get(kind, when)}"]
 
 
+def _round_lines(event: Event, _: Board) -> list[str]:
+    words = f"round {event.get('n_round')}/{event.get('n_rounds')}: {len(event.get('clients', []))} updates"
+    words += f", mean loss {event['loss']:.3f}" if event.get("loss") is not None else ""
+    words += f", epsilon {event['epsilon']:.2f}" if event.get("epsilon") is not None else ""
+    for key in ("rejected", "missing"):
+        words += f"; {key}: {', '.join(event[key])}" if event.get(key) else ""
+    return [f"  {words}"]
+
+
 def _restart_lines(event: Event, _: Board) -> list[str]:
     return [f"{event.get('process')} died and was started again (attempt {event.get('attempt')})"]
 
@@ -215,6 +239,7 @@ _FORMATTERS: dict[str, Callable[[Event, Board], list[str]]] = {
     "error": _error_lines,
     "metric": _metric_lines,
     "restart": _restart_lines,
+    "round": _round_lines,
     "serving": _serving_lines,
     "warning": _warning_lines,
 }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator
 
 if TYPE_CHECKING:
-    from cloister.adapters import LoraSpec
+    from cloister.adapters import AdapterSpec, LoraSpec
     from cloister.train import Columns, TaskSpec, TrainSpec
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,31}$"
@@ -52,22 +52,34 @@ class ModelConfig(_Section):
 
 
 class MethodConfig(_Section):
-    """`[method]`: how the work is divided between clients and server."""
+    """`[method]`: how the work is divided. `split` is Method 2, `enclave` is Method 1; each has keys of its own."""
 
-    name: Literal["split"] = "split"
+    name: Literal["split", "enclave"] = "split"
+    # split
     boundary: Literal["int8", "bf16", "fp32"] = "int8"
     near_batch_size: Annotated[Int, Field(ge=1, le=4096)] = 32
+    # enclave
+    rounds: Annotated[Int, Field(ge=1, le=1_000_000)] = 3
+    ring: Literal["faithful", "fast"] = "faithful"
+    pad: Literal["otp", "lattice"] = "otp"
+    bucket: Annotated[Int, Field(ge=1, le=65_536)] = 16
+    pool_bytes: Annotated[Int, Field(ge=0)] = 0
 
 
 class AdapterConfig(_Section):
-    """`[adapter]`: the trained parameters added to the far side."""
+    """`[adapter]`: the trained parameters: LoRA, or in Method 1 the prefix of P-tuning v2 (each with its own keys)."""
 
-    name: Literal["lora"] = "lora"
+    name: Literal["lora", "prefix"] = "lora"
     r: Annotated[Int, Field(ge=1, le=1024)] = 8
     alpha: Annotated[Float, Field(gt=0)] = 16
     dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.0
     targets: str | tuple[str, ...] = "all-linear"
     use_rslora: Bool = False
+    freeze_a: Bool = False
+    # prefix
+    n_tokens: Annotated[Int, Field(ge=1, le=4096)] = 16
+    projection: Bool = False
+    hidden_size: Annotated[Int, Field(ge=1, le=65_536)] | None = None
 
     # Unions are checked by hand: pydantic reports one error for each branch, which reads as several problems.
     @field_validator("targets", mode="before")
@@ -93,6 +105,31 @@ class TrainingConfig(_Section):
     seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
     checkpoint_every_steps: Annotated[Int, Field(ge=1)] = 50
     max_steps: Annotated[Int, Field(ge=1)] | None = None
+
+
+class PrivacyConfig(_Section):
+    """`[aggregation.privacy]`: differential privacy of whole clients; needs the extra `dp`."""
+
+    clip_norm: Annotated[Float, Field(gt=0)]
+    noise_multiplier: Annotated[Float, Field(ge=0.01)]
+    delta: Annotated[Float, Field(gt=0, lt=1)]
+
+
+class AggregationConfig(_Section):
+    """`[aggregation]`: how the server enclave makes one adapter of a round's updates (Method 1)."""
+
+    rule: Literal["fedavg", "fedprox", "fedadam", "trimmed-mean"] = "fedavg"
+    max_norm: Annotated[Float, Field(gt=0)] = 1000.0
+    max_examples: Annotated[Int, Field(ge=1)] = 1_000_000
+    weighting: Literal["examples", "uniform"] = "examples"
+    exact_lora: Bool = False
+    trim: Annotated[Float, Field(gt=0, lt=0.5)] = 0.2
+    server_lr: Annotated[Float, Field(gt=0)] = 0.1
+    beta_1: Annotated[Float, Field(ge=0, lt=1)] = 0.9
+    beta_2: Annotated[Float, Field(ge=0, lt=1)] = 0.99
+    tau: Annotated[Float, Field(gt=0)] = 1e-3
+    proximal_mu: Annotated[Float, Field(ge=0)] = 0.0
+    privacy: PrivacyConfig | None = None
 
 
 class EvaluationConfig(_Section):
@@ -137,6 +174,7 @@ class ClientConfig(_Section):
     columns: ColumnsConfig = ColumnsConfig()
     node_key: Text | None = None
     weight: Annotated[Float, Field(gt=0)] = 1.0
+    accelerator: Text | None = None
 
     @field_validator("train", "test", mode="before")
     @classmethod
@@ -212,6 +250,7 @@ class Job(_Section):
     method: MethodConfig = MethodConfig()
     adapter: AdapterConfig = AdapterConfig()
     training: TrainingConfig = TrainingConfig()
+    aggregation: AggregationConfig = AggregationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     clients: Annotated[tuple[ClientConfig, ...], Field(min_length=1, max_length=1000)]
     policy: PolicyConfig = PolicyConfig()
@@ -248,8 +287,8 @@ class Job(_Section):
         """The part of the job that all parties agree on, as canonical JSON (public).
 
         Left out are what one party alone decides and what differs from machine to machine: each client's paths,
-        columns, filters and key, the store's credentials and local folder, the policy's path (its content is agreed
-        by hash in the handshake), the relay's port, what the server's operator gives the enclave's backend, and
+        columns, filters, key and accelerators, the store's credentials and local folder, the policy's path (its content
+        is agreed by hash in the handshake), the relay's port, what the server's operator gives its backend, and
         the folder above the backbone (its weights are measured).
         """
         shared = self.model_dump(mode="json")
@@ -301,10 +340,18 @@ class Job(_Section):
         return TrainSpec(**self.training.model_dump(), client_weights=weights if weighted else None)
 
     def lora_spec(self) -> LoraSpec:
-        """The adapter as `adapters` takes it."""
+        """Method 2's adapter as `adapters` takes it."""
         from cloister.adapters import LoraSpec
 
-        return LoraSpec(**self.adapter.model_dump(exclude={"name"}))
+        return LoraSpec(**self.adapter.model_dump(exclude={"name", "n_tokens", "projection", "hidden_size"}))
+
+    def adapter_spec(self) -> AdapterSpec:
+        """Method 1's adapter as `adapters` takes it."""
+        from cloister.adapters import PrefixSpec
+
+        if self.adapter.name == "lora":
+            return self.lora_spec()
+        return PrefixSpec(self.adapter.n_tokens, self.adapter.projection, self.adapter.hidden_size)
 
 
 def _shared_model_name(path: str) -> str:

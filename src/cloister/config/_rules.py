@@ -21,7 +21,37 @@ def rule_problems(raw: Mapping[str, Any]) -> list[Problem]:
         *_labels(raw),
         *_baselines(raw),
         *_model_path(raw),
+        *_keys_of_the_other_method(raw),
+        *_keys_of_the_other_adapter(raw),
+        *_keys_of_clients(raw),
+        *_aggregation(raw),
     ]
+
+
+_OF_METHOD = {
+    "split": (
+        "model.cut_layer",
+        "method.boundary",
+        "method.near_batch_size",
+        "training.checkpoint_every_steps",
+        "evaluation.baselines",
+        "store.url",
+        "store.shard_max_bytes",
+        "store.options",
+    ),
+    "enclave": ("method.rounds", "method.ring", "method.pad", "method.bucket", "method.pool_bytes", "adapter.freeze_a"),
+}
+_OF_ADAPTER = {
+    "lora": ("r", "alpha", "dropout", "targets", "use_rslora", "freeze_a"),
+    "prefix": ("n_tokens", "projection", "hidden_size"),
+}
+
+
+_OF_RULE = {
+    "fedprox": ("proximal_mu",),
+    "fedadam": ("server_lr", "beta_1", "beta_2", "tau"),
+    "trimmed-mean": ("trim",),
+}
 
 
 def _table(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -95,3 +125,70 @@ def _model_path(raw: Mapping[str, Any]) -> Iterator[Problem]:
     path = _table(raw, "model").get("path")
     if isinstance(path, str) and path != path.strip():
         yield Problem("model.path", "begins or ends with a space")
+
+
+def _method(raw: Mapping[str, Any]) -> object:
+    return _table(raw, "method").get("name", "split")
+
+
+def _keys_of_the_other_method(raw: Mapping[str, Any]) -> Iterator[Problem]:
+    """A key without effect would let somebody believe in it."""
+    method = _method(raw)
+    for owner, keys in _OF_METHOD.items():
+        if method not in _OF_METHOD or owner == method:
+            continue
+        for key in keys:
+            section, _, name = key.partition(".")
+            if name in _table(raw, section):
+                yield Problem(key, f'belongs to the method "{owner}", and this job\'s is "{method}"', "remove it")
+    if method == "split":
+        if "aggregation" in raw:
+            yield Problem("aggregation", 'belongs to the method "enclave"', "remove the section")
+        if _table(raw, "adapter").get("name") == "prefix":
+            yield Problem("adapter.name", 'a prefix needs the method "enclave"', 'use "lora"')
+    elif method == "enclave" and _table(raw, "release").get("what") == "weights":
+        yield Problem("release.what", 'belongs to the method "split"', 'use "adapter"')
+
+
+def _keys_of_the_other_adapter(raw: Mapping[str, Any]) -> Iterator[Problem]:
+    adapter = _table(raw, "adapter")
+    kind = adapter.get("name", "lora")
+    for owner, keys in _OF_ADAPTER.items():
+        if kind in _OF_ADAPTER and owner != kind:
+            for key in keys:
+                if key in adapter:
+                    yield Problem(f"adapter.{key}", f'belongs to the adapter "{owner}"', "remove it")
+
+
+def _keys_of_clients(raw: Mapping[str, Any]) -> Iterator[Problem]:
+    key, owner = ("accelerator", "enclave") if _method(raw) == "split" else ("weight", "split")
+    for i, client in enumerate(_clients(raw)):
+        if key in client:
+            yield Problem(f"clients[{i}].{key}", f'belongs to the method "{owner}"', "remove it")
+
+
+def _aggregation(raw: Mapping[str, Any]) -> Iterator[Problem]:
+    """The rules of `AggregationSpec` that tie keys together."""
+    found = _table(raw, "aggregation")
+    rule, exact, private = found.get("rule", "fedavg"), found.get("exact_lora") is True, "privacy" in found
+    if rule in ("fedadam", "trimmed-mean") and exact:
+        yield Problem("aggregation.exact_lora", f"{rule} works on A and B apart", "use fedavg or fedprox")
+    if exact and (_table(raw, "adapter").get("name") == "prefix" or _table(raw, "adapter").get("freeze_a") is True):
+        yield Problem("aggregation.exact_lora", "needs LoRA that trains both A and B")
+    if private and (exact or rule == "trimmed-mean"):
+        yield Problem("aggregation.privacy", "one client's share of products or of order statistics is not bounded")
+    if (private or rule == "trimmed-mean") and found.get("weighting", "examples") != "uniform":
+        yield Problem("aggregation.weighting", "must not follow the numbers of examples here", 'set "uniform"')
+    yield from _keys_of_the_other_rule(found, rule)
+    n, trim = len(_clients(raw)), found.get("trim", 0.2)
+    if rule == "trimmed-mean" and n and isinstance(trim, float) and int(trim * n) == 0:
+        yield Problem("aggregation.trim", f"drops none of {n} clients", "it takes more clients, or a larger share")
+
+
+def _keys_of_the_other_rule(found: Mapping[str, Any], rule: object) -> Iterator[Problem]:
+    for owner, keys in _OF_RULE.items():
+        for key in keys:
+            if owner != rule and key in found:
+                yield Problem(f"aggregation.{key}", f'belongs to the rule "{owner}"', "remove it")
+    if rule == "fedprox" and not found.get("proximal_mu"):
+        yield Problem("aggregation.proximal_mu", "fedprox without it is fedavg", "set it, for example to 0.01")

@@ -24,6 +24,7 @@ path = "./model"                    # a folder that transformers loads, a hub na
 
 [method]
 # name = "split"                    # clients run the frozen near side, the server enclave tunes the far side
+                                    # "enclave": adapters live in enclaves, see docs/job.md for its keys
 # boundary = "int8"                 # how boundary tensors are stored: "int8", "bf16" or "fp32"
 # near_batch_size = 32
 

@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING
 from cloister._lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from cloister.federation._aggregate import Aggregator
+    from cloister.federation._aggregate_spec import AggregationSpec, ClientPrivacy, RoundResult
     from cloister.federation._client import ClientRun, ClientWork, ServerLink
+    from cloister.federation._enclave.client import AdapterWork, LocalModel, read_adapter
+    from cloister.federation._enclave.server import EnclaveServer
     from cloister.federation._keys import (
         generate_node_key,
         load_node_key,
@@ -19,7 +23,16 @@ if TYPE_CHECKING:
         register_node_key,
         write_node_key,
     )
-    from cloister.federation._plan import ClientPlan, ModelPlan, ServerPlan, SplitClientPlan, SplitServerPlan
+    from cloister.federation._plan import (
+        ClientPlan,
+        EnclaveClientPlan,
+        EnclaveServerPlan,
+        MaskPlan,
+        ModelPlan,
+        ServerPlan,
+        SplitClientPlan,
+        SplitServerPlan,
+    )
     from cloister.federation._relay import ClientEndpoint, Relay
     from cloister.federation._server import ServerRun
     from cloister.federation._split.asking import Questioner
@@ -27,14 +40,24 @@ if TYPE_CHECKING:
     from cloister.federation._split.server import SplitServer
 
 _HOME = {
+    "AdapterWork": "_enclave.client",
+    "AggregationSpec": "_aggregate_spec",
+    "Aggregator": "_aggregate",
     "ClientEndpoint": "_relay",
     "ClientPlan": "_plan",
+    "ClientPrivacy": "_aggregate_spec",
     "ClientRun": "_client",
     "ClientWork": "_client",
+    "EnclaveClientPlan": "_plan",
+    "EnclaveServer": "_enclave.server",
+    "EnclaveServerPlan": "_plan",
+    "LocalModel": "_enclave.client",
+    "MaskPlan": "_plan",
     "ModelPlan": "_plan",
     "NearWork": "_split.client",
     "Questioner": "_split.asking",
     "Relay": "_relay",
+    "RoundResult": "_aggregate_spec",
     "ServerLink": "_client",
     "ServerPlan": "_plan",
     "ServerRun": "_server",
@@ -43,20 +66,31 @@ _HOME = {
     "SplitServerPlan": "_plan",
     "generate_node_key": "_keys",
     "load_node_key": "_keys",
+    "read_adapter": "_enclave.client",
     "read_node_key": "_keys",
     "register_node_key": "_keys",
     "write_node_key": "_keys",
 }
 
 __all__ = [
+    "AdapterWork",
+    "AggregationSpec",
+    "Aggregator",
     "ClientEndpoint",
     "ClientPlan",
+    "ClientPrivacy",
     "ClientRun",
     "ClientWork",
+    "EnclaveClientPlan",
+    "EnclaveServer",
+    "EnclaveServerPlan",
+    "LocalModel",
+    "MaskPlan",
     "ModelPlan",
     "NearWork",
     "Questioner",
     "Relay",
+    "RoundResult",
     "ServerLink",
     "ServerPlan",
     "ServerRun",
@@ -65,6 +99,7 @@ __all__ = [
     "SplitServerPlan",
     "generate_node_key",
     "load_node_key",
+    "read_adapter",
     "read_node_key",
     "register_node_key",
     "write_node_key",

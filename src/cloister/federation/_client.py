@@ -210,6 +210,10 @@ class ClientWork(Protocol):
         """End at the next step."""
         ...
 
+    def keep_release(self, release: bytes) -> None:
+        """Keep what the job lets leave the server enclave. *Secret* until here; from now on this institution's own."""
+        ...
+
 
 class ClientRun:
     """Answers opaque requests that the courier brings (`handle`). What a method asks for, its `ClientWork` does.
@@ -323,7 +327,7 @@ class ClientRun:
         write_whole(work / REPORT_FILE, request.report)
         write_whole(work / "report.evidence", request.evidence)
         if request.release:
-            write_whole(work / "release.safetensors", request.release)
+            self._work.keep_release(request.release)
         self._emit("finished", client=self._plan.name, report=str(work / REPORT_FILE))
         return FinishAnswer(hashlib.sha384(request.report).digest())
 

@@ -15,8 +15,10 @@ from cloister.errors import (
     AttestationError,
     ChannelError,
     CloisterError,
+    MeasurementMismatchError,
     NoSessionError,
     PeerError,
+    PolicyRejectedError,
     StaleEvidenceError,
     WireError,
     error_for_code,
@@ -50,6 +52,7 @@ class Peer:
         outstanding: envelope bytes (public: ciphertext or handshake flight) that wait for an answer.
         in_flight: whether a courier has taken `outstanding` and not yet come back.
         failed: stable error code once the peer is out of the run.
+        cause: what this side found of it then; empty where the client alone knows.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Peer:
         self.taken_at = 0.0
         self.last_seen = now()
         self.failed = ""
+        self.cause = ""
 
     def __repr__(self) -> str:
         return f"Peer({self.name!r}, awaits={self._awaits!r}, open={self.session is not None}, failed={self.failed!r})"
@@ -153,7 +157,7 @@ class Peer:
             self._expect("f4", Envelope("f3", self._handshake.flight3(envelope.body)))
             return None
         if envelope.kind == "f4" and self._handshake is not None:
-            self.session = self._handshake.finish(envelope.body)
+            self.session = self._finished(self._handshake, envelope.body)
             self._handshake = None
             self._settle()
             return None
@@ -170,6 +174,15 @@ class Peer:
             self._settle()
             return parse_message(plaintext)
         return None
+
+    def _finished(self, handshake: ServerHandshake, flight4: bytes) -> Session:
+        try:
+            return handshake.finish(flight4)
+        except (MeasurementMismatchError, PolicyRejectedError) as error:
+            # The registered node key signed for this evidence: no other try will bring a better one.
+            cause = f"the enclave of client {self.name} is refused: {error.cause}"
+            self.fail(error.code, cause)
+            raise PeerError(cause, peer=self.name, peer_code=error.code, hint=error.hint) from error
 
     def _expect(self, kind: str, envelope: Envelope) -> None:
         self._awaits = kind
@@ -212,7 +225,7 @@ class Peer:
         else:
             self.in_flight = False
 
-    def fail(self, code: str) -> None:
+    def fail(self, code: str, cause: str = "") -> None:
         """Puts the peer out of the run."""
         self.close()
-        self.failed = code
+        self.failed, self.cause = code, cause

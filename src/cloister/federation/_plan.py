@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cloister.adapters import LoraSpec
+    from cloister.adapters import AdapterSpec, LoraSpec
     from cloister.attest import Policy
+    from cloister.federation._aggregate_spec import AggregationSpec
+    from cloister.pad import PadMode
     from cloister.train import Dataset, TaskSpec, TrainSpec
     from cloister.wire import Boundary
 
@@ -102,3 +104,57 @@ class SplitClientPlan(ClientPlan):
     store_options: dict[str, object] = field(default_factory=dict)
     shard_max_bytes: int
     near_batch_size: int = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnclaveServerPlan(ServerPlan):
+    """What the server enclave needs for Method 1 on top.
+
+    Attributes:
+        adapter: what the clients train.
+        model_path: folder of the backbone, whose digests the clients' must equal.
+        n_rounds: rounds of training.
+        aggregation: how a round's updates become the next global adapter.
+        memory_bytes: see `Aggregator`.
+    """
+
+    adapter: AdapterSpec
+    model_path: str
+    n_rounds: int
+    aggregation: AggregationSpec
+    memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskPlan:
+    """How a client's frozen linears run on its accelerator.
+
+    Attributes:
+        ring: name of the ring format.
+        pad: where pads come from.
+        bucket, pool_bytes: see `OffloadSession`.
+    """
+
+    ring: str
+    pad: PadMode
+    bucket: int
+    pool_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnclaveClientPlan(ClientPlan):
+    """What a client's enclave needs for Method 1 on top.
+
+    Attributes:
+        adapter, model_path: as the server's.
+        train: one round's steps, rates and seed.
+        proximal_mu: of FedProx; 0 for none.
+        mask: how the frozen linears are offloaded.
+    """
+
+    adapter: AdapterSpec
+    model_path: str
+    train: TrainSpec
+    proximal_mu: float
+    mask: MaskPlan
+    live_metrics: bool = True

@@ -217,9 +217,12 @@ class ServerRun(ABC):
                 if message is not None:
                     self._take_answer(peer, message)
             except PeerError as error:
-                self._emit("error", code=error.peer_code, cause=error.cause, hint=error.hint, peer=peer.name)
+                self._tell_peer_error(error)
             self._changed.notify_all()
         return {}
+
+    def _tell_peer_error(self, error: PeerError) -> None:
+        self._emit("error", code=error.peer_code, cause=error.cause, hint=error.hint, peer=error.peer)
 
     def _take_answer(self, peer: Peer, message: RecordMessage) -> None:
         if isinstance(message, FinishAnswer):
@@ -301,6 +304,9 @@ class ServerRun(ABC):
             return
         name, code = next(iter(failed.items()))
         kind = error_for_code(code).__name__
+        if cause := self._peers[name].cause:
+            hint = f"{self._plan.min_clients} clients are needed"
+            raise PeerError(f"{cause} ({code})", peer=name, peer_code=code, hint=hint)
         raise PeerError(
             f"client {name} left the run with {kind} ({code})",
             peer=name,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cloister.channel import CountedFile, Counter, Uncounted
 from cloister.errors import DecryptionError, JobMismatchError, MalformedMessageError
-from cloister.wire import Boundary, Manifest, pack, unpack
+from cloister.wire import AdmitAnswer, Boundary, Manifest, pack, unpack
 
 if TYPE_CHECKING:
     from ._plan import ServerPlan
@@ -35,6 +35,7 @@ class RunState:
         self._plan = plan
         self.phase: Phase = "prepare"
         self.manifests: dict[str, Manifest] = {}
+        self.admitted: dict[str, AdmitAnswer] = {}
         self.results: dict[str, Any] = {}
         self.report = b""
         self.report_evidence = b""
@@ -69,6 +70,7 @@ class RunState:
             raise MalformedMessageError(f"{self._path} holds an unknown phase")
         self.phase = body["phase"]
         self.manifests = {name: Manifest.parse(blob) for name, blob in body["manifests"].items()}
+        self.admitted = {name: AdmitAnswer.parse(blob) for name, blob in body["admitted"].items()}
         self.results = json.loads(body["results"])
         self.report = body["report"]
         self.report_evidence = body["report_evidence"]
@@ -80,6 +82,7 @@ class RunState:
             "job_sha384": self._plan.job_sha384,
             "phase": self.phase,
             "manifests": {name: manifest.to_bytes() for name, manifest in self.manifests.items()},
+            "admitted": {name: answer.to_bytes() for name, answer in self.admitted.items()},
             "results": json.dumps(self.results),
             "report": self.report,
             "report_evidence": self.report_evidence,
@@ -98,6 +101,12 @@ class RunState:
         self.report = report
         self.report_evidence = evidence
         self.save()
+
+    def admit(self, client: str, answer: AdmitAnswer) -> None:
+        """Takes a client of Method 1 in; a second answer is ignored."""
+        if client not in self.admitted:
+            self.admitted[client] = answer
+            self.save()
 
     def accept_manifest(self, client: str, manifest: Manifest, *, boundary: Boundary) -> None:
         """Takes a client's manifest once it says what the job says; a second one is ignored.

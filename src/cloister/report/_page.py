@@ -45,6 +45,7 @@ _PHASE_COLORS = {
     "baselines": "#98a2b3",
     "finish": "#5b9a3c",
 }
+_METHODS = {"split": "split fine-tuning (Method 2)", "enclave": "adapters in enclaves (Method 1)"}
 _PROCESS_WORDS = {"server": "server enclave", "superlink": "SuperLink"}
 
 
@@ -79,6 +80,9 @@ def _context(result: dict[str, Any], events: list[Event]) -> dict[str, Any]:
         "comparison": _comparison(rows),
         "per_client": _per_client(rows),
         "loss": _loss(result, events),
+        "is_enclave": result.get("method") == "enclave",
+        "rounds": _rounds(result),
+        "pad": _pad(result),
         "clients": _clients(result),
         "decisions": _decisions(result),
         "claims": _claims(result),
@@ -165,6 +169,8 @@ def _loss(result: dict[str, Any], events: list[Event]) -> dict[str, Any] | None:
     """Curves of the federated model and of each client alone. A repeated step of a resumed run counts once."""
     curves: dict[str, dict[int, float]] = {}
     epochs: dict[int, int] = {}
+    if result.get("method") == "enclave":
+        return _loss_of_rounds(events)
     for event in events:
         if event.get("event") != "step":
             continue
@@ -191,6 +197,69 @@ def _loss(result: dict[str, Any], events: list[Event]) -> dict[str, Any] | None:
         marks=marks,
     )
     return {"chart": chart, "legend": labels}
+
+
+def _loss_of_rounds(events: list[Event]) -> dict[str, Any] | None:
+    """Each client's own curve over all rounds; a round that was done again counts once."""
+    curves: dict[str, dict[int, float]] = {}
+    marks: set[float] = set()
+    for event in events:
+        if event.get("event") == "step" and event.get("loss") is not None and math.isfinite(event["loss"]):
+            begun = (int(event["round"]) - 1) * int(event["n_steps"])
+            name = str(event["model"]).partition("/")[2]
+            curves.setdefault(name, {})[begun + int(event["step"])] = float(event["loss"])
+            marks |= {begun + 0.5} if begun else set()
+    if not curves:
+        return None
+    series = [(name, sorted(curve.items())) for name, curve in sorted(curves.items())]
+    told = "; ".join(f"{name} from {curve[0][1]:.2f} to {curve[-1][1]:.2f}" for name, curve in series)
+    chart = _charts.lines(
+        [(name, [(float(x), y) for x, y in curve]) for name, curve in series],
+        label=f"training loss by step at each client: {told}",
+        x_name="step" + (" (dotted: a new round)" if marks else ""),
+        y_name="loss",
+        marks=sorted(marks),
+    )
+    return {"chart": chart, "legend": [name for name, _ in series]}
+
+
+def _rounds(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What became of each round's updates."""
+    rows: list[dict[str, Any]] = []
+    for found in result.get("rounds") or []:
+        told = list(found["per_client"].values())
+        losses = [one["loss"] for one in told if one.get("loss") is not None]
+        rows.append({
+            "number": found["round"],
+            "clients": ", ".join(found["clients"]),
+            "refused": "; ".join(f"{name}: {why['cause']}" for name, why in sorted(found["rejected"].items())),
+            "missing": ", ".join(found["missing"]),
+            "loss": f"{sum(losses) / len(losses):.3f}" if losses else "",
+            "seconds": f"{max((one.get('wall_s', 0.0) for one in told), default=0.0):.1f} s",
+        })  # fmt: skip
+    return rows
+
+
+def _pad(result: dict[str, Any]) -> dict[str, Any] | None:
+    """The mode, what it rests on, and what each client used."""
+    pad = result.get("pad")
+    if not pad:
+        return None
+    rows = [
+        {
+            "client": name,
+            "device": pad["devices"].get(name, ""),
+            "products": pad["products"][name],
+            "elements": f"{pad['elements'][name]:,}",
+            "out": human_bytes(moved["out"]),
+            "back": human_bytes(moved["back"]),
+            "retries": pad["retries"][name],
+        }
+        for name, moved in sorted(pad["accelerator_bytes"].items())
+    ]
+    outside, inside = pad["weights_outside"], pad["weights_inside"]
+    share = f"{100 * outside / max(1, outside + inside):.1f} %"
+    return {"mode": pad["mode"], "ring": pad["ring"], "assumption": pad["assumption"], "share": share, "rows": rows}
 
 
 def _clients(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -270,8 +339,11 @@ def _phases(result: dict[str, Any]) -> dict[str, Any] | None:
 
 def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
     facts = [
-        ("method", {"split": "split fine-tuning (Method 2)"}.get(str(result.get("method")), str(result.get("method")))),
+        ("method", _METHODS.get(str(result.get("method")), result.get("method"))),
         ("task", result.get("task")),
+        ("adapter", result.get("adapter")),
+        ("rounds", len(result.get("rounds") or []) or None),
+        ("epsilon for each client", result.get("epsilon")),
         ("blocks on the clients", result.get("cut_layer")),
         ("boundary tensors", result.get("boundary")),
         ("released at the end", {"none": "nothing"}.get(str(result.get("release")), result.get("release"))),

@@ -40,6 +40,7 @@ def _scalars(events: list[dict[str, Any]]) -> Iterator[tuple[str, tuple[float, i
         t = float(event.get("t", 0.0))
         if event.get("event") == "step":
             model, step = str(event.get("model", "federated")), int(event["step"])
+            step += (int(event.get("round", 1)) - 1) * int(event.get("n_steps", 0))
             last_step[model] = step
             for key in ("loss", "lr", "examples_per_s"):
                 if event.get(key) is not None:
@@ -47,7 +48,7 @@ def _scalars(events: list[dict[str, Any]]) -> Iterator[tuple[str, tuple[float, i
         elif event.get("event") == "metric" and event.get("value") is not None:
             when = str(event.get("when"))
             model = "federated" if when in ("before", "epoch", "after") else when
-            step = 0 if when == "before" else last_step.get(model, 0)
+            step = 0 if when == "before" else last_step.get(model) or max(last_step.values(), default=0)
             yield model, (t, step, f"eval/{event['name']}", float(event["value"]))
             for client, value in sorted((event.get("per_client") or {}).items()):
                 if value is not None:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from cloister._files import write_whole
 from cloister.errors import CloisterError, MalformedMessageError
 from cloister.wire import Manifest, PrepareProgress, PrepareRequest, RecordMessage
 
@@ -42,6 +43,10 @@ class NearWork:
     def stop(self) -> None:
         """Ends the near side at its next batch; what is sealed is kept."""
         self._stop.set()
+
+    def keep_release(self, release: bytes) -> None:
+        """Writes `release.safetensors` beside the report."""
+        write_whole(self._plan.work / "release.safetensors", release)
 
     def serve(self, message: RecordMessage) -> RecordMessage:
         """The manifest, or progress where `patience_s` passes first."""

@@ -1,0 +1,1 @@
+"""Method 1 (`enclave`): adapters that live in enclaves, trained in rounds and aggregated in the server enclave."""

@@ -1,0 +1,141 @@
+"""Keys that belong to the other method, adapter or rule are refused: one without effect would be believed in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cloister.adapters import LoraSpec, PrefixSpec
+from cloister.config import Job, parse_job
+from cloister.errors import ConfigError
+
+RAW: dict[str, Any] = {
+    "name": "tiny",
+    "task": {"name": "sequence-classification", "labels": ["no", "yes"]},
+    "model": {"path": "/models/minilm"},
+    "clients": [{"name": "b", "train": "b.jsonl"}, {"name": "a", "train": "a.jsonl", "test": "t.jsonl"}],
+}
+ENCLAVE = {"name": "enclave"}
+
+
+def job(**tables: Any) -> Job:
+    return parse_job({**RAW, **tables}, base="/base")
+
+
+def keys(**tables: Any) -> dict[str, str]:
+    with pytest.raises(ConfigError) as caught:
+        job(**tables)
+    return {problem.key: problem.cause for problem in caught.value.problems}
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("model", "cut_layer", 1),
+        ("method", "boundary", "fp32"),
+        ("method", "near_batch_size", 4),
+        ("training", "checkpoint_every_steps", 5),
+        ("evaluation", "baselines", ["alone"]),
+        ("store", "url", "s3://bucket"),
+        ("store", "shard_max_bytes", 1 << 20),
+        ("store", "options", {}),
+    ],
+)
+def test_a_key_of_the_split(section: str, key: str, value: Any):
+    tables: dict[str, Any] = {"method": ENCLAVE}
+    tables[section] = {**RAW.get(section, {}), **tables.get(section, {}), key: value}
+    assert keys(**tables) == {f"{section}.{key}": 'belongs to the method "split", and this job\'s is "enclave"'}
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("method", "rounds", 2),
+        ("method", "ring", "fast"),
+        ("method", "pad", "lattice"),
+        ("method", "bucket", 8),
+        ("method", "pool_bytes", 0),
+        ("adapter", "freeze_a", True),
+    ],
+)
+def test_a_key_of_the_enclaves(section: str, key: str, value: Any):
+    assert keys(**{section: {key: value}}) == {
+        f"{section}.{key}": 'belongs to the method "enclave", and this job\'s is "split"'
+    }
+
+
+def test_sections_and_choices_of_the_other_method():
+    assert set(keys(aggregation={})) == {"aggregation"}
+    assert set(keys(adapter={"name": "prefix"})) == {"adapter.name"}
+    assert set(keys(method=ENCLAVE, release={"what": "weights"})) == {"release.what"}
+    clients = [{**RAW["clients"][1], "accelerator": "unix:/a", "weight": 2.0}]
+    assert set(keys(clients=clients)) == {"clients[0].accelerator"}
+    assert set(keys(clients=clients, method=ENCLAVE)) == {"clients[0].weight"}
+
+
+def test_an_unknown_method_or_adapter_is_one_problem():
+    assert set(keys(method={"name": "both", "rounds": 1})) == {"method.name"}
+    assert set(keys(method=ENCLAVE, adapter={"name": "ia3", "r": 1})) == {"adapter.name"}
+
+
+@pytest.mark.parametrize("key", ["r", "alpha", "dropout", "targets", "use_rslora", "freeze_a"])
+def test_a_key_of_lora_beside_a_prefix(key: str):
+    value = {"r": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q"], "use_rslora": True, "freeze_a": True}[key]
+    assert set(keys(method=ENCLAVE, adapter={"name": "prefix", key: value})) == {f"adapter.{key}"}
+
+
+@pytest.mark.parametrize(("key", "value"), [("n_tokens", 4), ("projection", True), ("hidden_size", 8)])
+def test_a_key_of_a_prefix_beside_lora(key: str, value: Any):
+    assert set(keys(method=ENCLAVE, adapter={key: value})) == {f"adapter.{key}"}
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "key"),
+    [
+        ({"proximal_mu": 0.1}, "proximal_mu"),
+        ({"rule": "fedprox"}, "proximal_mu"),
+        ({"rule": "fedprox", "proximal_mu": 0.1, "trim": 0.3}, "trim"),
+        ({"server_lr": 0.1}, "server_lr"),
+        ({"rule": "fedadam", "exact_lora": True}, "exact_lora"),
+        ({"rule": "trimmed-mean", "trim": 0.45, "weighting": "uniform"}, "trim"),
+        ({"rule": "trimmed-mean", "weighting": "uniform"}, "trim"),
+        (
+            {"exact_lora": True, "weighting": "uniform",
+             "privacy": {"clip_norm": 1.0, "noise_multiplier": 1.0, "delta": 1e-5}},
+            "privacy",
+        ),
+        ({"privacy": {"clip_norm": 1.0, "noise_multiplier": 1.0, "delta": 1e-5}}, "weighting"),
+    ],
+)  # fmt: skip
+def test_rules_of_the_aggregation(aggregation: dict[str, Any], key: str):
+    assert set(keys(method=ENCLAVE, aggregation=aggregation)) == {f"aggregation.{key}"}
+
+
+@pytest.mark.parametrize("adapter", [{"name": "prefix"}, {"freeze_a": True}])
+def test_exact_lora_needs_both_factors(adapter: dict[str, Any]):
+    assert set(keys(method=ENCLAVE, adapter=adapter, aggregation={"exact_lora": True})) == {"aggregation.exact_lora"}
+
+
+def test_what_is_right_passes():
+    clients = [{"name": name, "train": "t.jsonl", "test": "t.jsonl"} for name in "abcde"]
+    for aggregation in (
+        {"rule": "fedprox", "proximal_mu": 0.1},
+        {"rule": "fedadam", "server_lr": 0.1, "tau": 0.01},
+        {"rule": "trimmed-mean", "weighting": "uniform", "trim": 0.2},
+        {"exact_lora": True},
+    ):
+        assert job(method=ENCLAVE, aggregation=aggregation, clients=clients).aggregation.rule
+    lora = job(method=ENCLAVE, adapter={"freeze_a": True}).adapter_spec()
+    assert isinstance(lora, LoraSpec) and lora.freeze_a
+    prefix = job(method=ENCLAVE, adapter={"name": "prefix", "n_tokens": 3}).adapter_spec()
+    assert prefix == PrefixSpec(3, projection=False, hidden_size=None)
+
+
+def test_the_hash_covers_the_method_and_not_the_accelerators():
+    clients = [{**client, "accelerator": "unix:/run/a"} for client in RAW["clients"]]
+    base = job(method=ENCLAVE)
+    assert job(method=ENCLAVE, clients=clients).sha384 == base.sha384
+    for change in ({"rounds": 9}, {"ring": "fast"}, {"pad": "lattice"}, {"bucket": 1}):
+        assert job(method={**ENCLAVE, **change}).sha384 != base.sha384
+    assert job(method=ENCLAVE, aggregation={"max_norm": 2.0}).sha384 != base.sha384
