@@ -66,6 +66,24 @@ def row(measure: str, ours: Sequence[float], peer: Sequence[float], unit: str, g
     }
 
 
+def not_run(measure: str, unit: str, goal: str = "") -> dict[str, Any]:
+    """The line of a measure that this machine cannot take."""
+    line = row(measure, [1], [1], unit, goal)
+    return line | {"ours": "not run", "peer": "", "ratio": "", "ratio_low": "", "ratio_high": "", "n": 0}
+
+
+def ours_alone(measure: str, ours: Sequence[float], unit: str) -> dict[str, Any]:
+    """The line of a measure that the peer does not have."""
+    return row(measure, ours, ours, unit) | {"peer": "", "ratio": "", "ratio_low": "", "ratio_high": ""}
+
+
+def difference(measure: str, ours: Sequence[float], peer: Sequence[float], unit: str, goal: str = "") -> dict[str, Any]:
+    """A line whose ratio columns hold the mean of the pairs' differences, ours - peer, and its interval."""
+    apart = [a - b for a, b in zip(ours, peer, strict=True)]
+    found = row(measure, apart, [1.0] * len(apart), unit, goal)
+    return found | {side: f"{statistics.fmean(values):.6g}" for side, values in (("ours", ours), ("peer", peer))}
+
+
 def t_975(n: int) -> float:
     """Half-width of a 95 % interval of a mean of n, in standard errors."""
     return _T_975[max(known for known in _T_975 if known <= n)]

@@ -17,14 +17,12 @@ quickstart's three hospitals are used. Run it on an idle machine: a hundred proc
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +32,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench._common import REPOSITORY, TreeWatch, load_average, out_path, row, write_csv
+from bench._sides import in_child, peer_job, rows_of, work_folder, write_result, write_rows
 from bench.peers.flower_lora import PeerJob, run_peer
 
 from cloister.config import Job, load_job
@@ -100,12 +99,12 @@ def make_setting(folder: Path, data: str, *, quick: bool) -> Setting:
         update: dict[str, Any] = {"columns": type(client.columns)()}
         for split, data in client.datasets.items():
             limit = (QUICK_TRAIN if split == "train" else QUICK_TEST) if quick else None
-            rows = _rows(job, client, data)[:limit]
+            rows = rows_of(job, client, data)[:limit]
             every_test += rows if split == "test" else []
             path = folder / f"{client.name}-{split}.jsonl"
-            update[split] = type(data)(path=str(_write(path, rows)))
+            update[split] = type(data)(path=str(write_rows(path, rows)))
         clients.append(client.model_copy(update=update))
-    _write(folder / "test.jsonl", every_test)
+    write_rows(folder / "test.jsonl", every_test)
     changed = {
         "clients": tuple(clients),
         "training": job.training.model_copy(update={"epochs": EPOCHS}),
@@ -128,20 +127,6 @@ def _job_file(folder: Path, data: str) -> Path:
     if data == "hoc":
         print("no data folder: the quickstart's hospitals stand in for hoc", file=sys.stderr)
     return write_quickstart(folder / "quickstart")
-
-
-def _rows(job: Job, client: Any, data: Any) -> list[dict[str, Any]]:
-    from cloister.train import open_dataset
-
-    dataset = open_dataset(
-        data.path, columns=client.column_map(), task=job.task_spec(), split=data.split, where=data.where or None
-    )
-    return [{"text": example.text, "label": example.label} for example in dataset]
-
-
-def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
-    return path
 
 
 # --- one run of one side, in a process of its own ---------------------------------------------------------------------
@@ -189,29 +174,8 @@ def run_side(order: Path) -> None:
     if what["side"] == "ours":
         found = run_ours(Job.model_validate_json(json.dumps(what["job"])), order.parent)
     else:
-        paths = {"model": Path(what["job"]["model"]), "test": Path(what["job"]["test"])}
-        train = tuple(Path(path) for path in what["job"]["train"])
-        found = run_peer(PeerJob(**{**what["job"], **paths, "train": train}))
-    order.with_suffix(".result.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-
-
-def in_child(folder: Path, name: str, what: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs one side in a fresh process, as a user's command would."""
-    order = folder / name / "order.json"
-    order.parent.mkdir(parents=True, exist_ok=True)
-    order.write_text(json.dumps(what, default=str), encoding="utf-8")
-    env = {"CLOISTER_HOME": str(folder / "home"), **os.environ}
-    child = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), "--side", str(order)], env=env)
-    try:
-        code = child.wait()
-    except BaseException:
-        child.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(30)
-        raise
-    if code:
-        sys.exit(f"error: the run {name} failed with {code}\nhint: --keep FOLDER keeps its logs")
-    return json.loads(order.with_suffix(".result.json").read_text(encoding="utf-8"))
+        found = run_peer(peer_job(what["job"]))
+    write_result(order, found)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -229,7 +193,7 @@ def compare(
                 what = {"side": "ours", "job": json.loads(setting.ours(seed).model_dump_json())}
             else:
                 what = {"side": "peer", "job": vars(setting.peer(seed, side, num_threads))}
-            result = in_child(folder, f"{side}-{seed}", what)
+            result = in_child(Path(__file__), folder, f"{side}-{seed}", what)
             found[side].append(result)
             told = f"{result['wall_s']:.1f} s, training {result['train_s']:.1f} s, accuracy {result['metric']:.4f}"
             print(f"pair {seed + 1}, {_label(side)}: {told}", file=sys.stderr)
@@ -276,16 +240,6 @@ def tell_phases(found: Results) -> None:
         run["wall_s"] - sum(s for name, s in run["phases_s"].items() if not name.startswith("of ")) for run in runs
     )
     print(f"  {known:8.2f}  in no phase: imports, checks, set-up, report, take-down", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def work_folder(keep: Path | None) -> Iterator[Path]:
-    if keep is not None:
-        keep.mkdir(parents=True, exist_ok=True)
-        yield keep.absolute()
-        return
-    with tempfile.TemporaryDirectory(prefix="cloister-bench-") as scratch:
-        yield Path(scratch)
 
 
 def main() -> None:

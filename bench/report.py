@@ -16,13 +16,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench._common import COLUMNS, RESULTS
 
 HEADER = ("bench", "measure", "ours", "peer", "unit", "ratio (95 %)", "goal", "met", "n", "date")
+_DIFFERENCE = re.compile(r"^difference within ([0-9.]+) or around 0$")
 _GOAL = re.compile(r"^(ours - peer )?(<=|>=)\s*([0-9.]+)")
 
 
 def met(line: dict[str, str]) -> str:
-    """Whether the goal holds: `<= 0.5` speaks of the ratio, `ours - peer <= 0.1 s` of the difference; else empty."""
+    """Whether the goal holds: `<= 0.5` speaks of the ratio, `ours - peer <= 0.1 s` of the difference; else empty.
+
+    `difference within 0.5 or around 0` speaks of lines that hold differences in place of ratios, and their interval.
+    """
+    if (near := _DIFFERENCE.match(line["goal"])) and line["ratio"]:
+        is_around_0 = line["ratio_low"] != "" and float(line["ratio_low"]) <= 0 <= float(line["ratio_high"])
+        return "yes" if abs(float(line["ratio"])) <= float(near.group(1)) or is_around_0 else "no"
     found = _GOAL.match(line["goal"])
-    if not found:
+    if not found or not line["ratio"]:  # no goal, or not run here
         return ""
     value = float(line["ours"]) - float(line["peer"]) if found.group(1) else float(line["ratio"])
     bound = float(found.group(3))

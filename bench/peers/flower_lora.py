@@ -1,4 +1,4 @@
-"""The peer of every table: plain Flower with PEFT LoRA and FedAvg, as a user of Flower would write it; no security.
+"""The peer of every table: plain Flower, PEFT LoRA or prefix, FedAvg, as a user of Flower would write it; no security.
 
 The app is in `flower_lora_app/`. It runs on Flower's deployment runtime: one SuperLink, one SuperNode for each client,
 all on loopback with Flower's own defaults, without TLS and without authentication. Rounds x local epochs = epochs. The
@@ -19,6 +19,7 @@ import json
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,9 @@ class PeerJob:
         rounds: None means one for each epoch.
         evaluate_every_round: also have the clients evaluate the global model after every round, as the tutorial does.
         num_threads: of torch in each app process; 0 leaves the choice to torch, as a user would.
+        adapter: LoRA, or the prefix of P-tuning v2.
+        backbone_dropout: train with the dropout of the model's configuration.
+        initial: a state of the app's own names to begin with; None lets the app draw one.
     """
 
     model: Path
@@ -76,6 +80,10 @@ class PeerJob:
     seed: int = 0
     evaluate_every_round: bool = False
     num_threads: int = 0
+    adapter: Literal["lora", "prefix"] = "lora"
+    prefix_tokens: int = 16
+    backbone_dropout: bool = True
+    initial: Path | None = None
 
     def run_config(self, result_dir: Path) -> str:
         """For `flwr run --run-config`."""
@@ -90,6 +98,10 @@ class PeerJob:
             "model-path": str(self.model),
             "num-labels": self.n_labels,
             "max-length": self.max_length,
+            "adapter": self.adapter,
+            "prefix-tokens": self.prefix_tokens,
+            "backbone-dropout": self.backbone_dropout,
+            "initial-path": str(self.initial or ""),
             "lora-r": self.r,
             "lora-alpha": float(self.alpha),
             "first-layer": self.cut_layer if self.layers == "upper" else 0,
@@ -115,6 +127,7 @@ def run_peer(job: PeerJob, *, count_wire: bool = False, timeout_s: float = 3600.
         wall_s: from the first process started to the metric; the take-down is not in it.
         train_s: from the first training message to the last aggregate.
         loop_s: time in the training loops alone: mean over clients, added up over rounds.
+        example_s, example_cpu_s: of these loops for an example, over all clients and rounds.
         payload_bytes: arrays that went down to the clients and up again.
         wire_bytes: what the SuperNodes' sockets carried, both ways; None without `count_wire`.
         peak_rss_bytes, sum_rss_bytes, largest_rss_bytes: by process; of all at once; of the largest one.
@@ -133,6 +146,8 @@ def run_peer(job: PeerJob, *, count_wire: bool = False, timeout_s: float = 3600.
         **found,
         "wall_s": wall_s,
         "loop_s": sum(metrics["train_seconds"] for metrics in rounds),
+        "example_s": statistics.fmean(metrics["train_seconds_per_example"] for metrics in rounds),
+        "example_cpu_s": statistics.fmean(metrics["train_cpu_seconds_per_example"] for metrics in rounds),
         "losses": [metrics["train_loss"] for metrics in rounds],
         "wire_bytes": wire_bytes,
         "peak_rss_bytes": memory.by_process,
@@ -339,6 +354,7 @@ def main() -> None:
     parser.add_argument("--layers", choices=("all", "upper"), default="all", help="where LoRA goes")
     parser.add_argument("--cut-layer", type=int, default=PeerJob.cut_layer, help="the first block of `upper`")
     parser.add_argument("--max-length", type=int, default=PeerJob.max_length)
+    parser.add_argument("--adapter", choices=("lora", "prefix"), default=PeerJob.adapter)
     parser.add_argument("--epochs", type=int, default=PeerJob.epochs)
     parser.add_argument("--rounds", type=int, help="default: one for each epoch")
     parser.add_argument("--lora-r", type=int, default=PeerJob.r)
@@ -356,6 +372,7 @@ def main() -> None:
         test=args.test.absolute(),
         n_labels=args.labels,
         max_length=args.max_length,
+        adapter=args.adapter,
         layers=args.layers,
         cut_layer=args.cut_layer,
         r=args.lora_r,

@@ -20,13 +20,17 @@ def train(msg: Message, context: Context) -> Message:
     device = task.start(config, offset=1000 * server_round + int(context.node_config["client-id"]))
     model = task.Classifier(config)
     task.set_state(model, msg.content["arrays"].to_torch_state_dict())
-    loader = task.load_data(context.node_config["train-path"], config, shuffle=True)
-    began = time.perf_counter()
+    loader = task.load_data(context.node_config["train-path"], config, seed=config["seed"] + server_round)
+    wall, cpu = time.perf_counter(), time.process_time()
     loss = task.train(model, loader, config, device)
+    seconds, cpu_seconds, n = time.perf_counter() - wall, time.process_time() - cpu, len(loader.dataset)
     metrics = {
         "train_loss": loss,
-        "train_seconds": time.perf_counter() - began,
-        "num-examples": len(loader.dataset),
+        "train_seconds": seconds,
+        # Of an example, because Flower takes means over clients that are weighted by examples.
+        "train_seconds_per_example": seconds / n,
+        "train_cpu_seconds_per_example": cpu_seconds / n,
+        "num-examples": n,
     }
     content = RecordDict({"arrays": ArrayRecord(task.get_state(model)), "metrics": MetricRecord(metrics)})
     return Message(content=content, reply_to=msg)
@@ -39,7 +43,7 @@ def evaluate(msg: Message, context: Context) -> Message:
     device = task.start(config)
     model = task.Classifier(config)
     task.set_state(model, msg.content["arrays"].to_torch_state_dict())
-    loader = task.load_data(context.node_config["train-path"], config, shuffle=False)
+    loader = task.load_data(context.node_config["train-path"], config)
     loss, accuracy = task.test(model, loader, device)
     metrics = {"eval_loss": loss, "eval_acc": accuracy, "num-examples": len(loader.dataset)}
     return Message(content=RecordDict({"metrics": MetricRecord(metrics)}), reply_to=msg)

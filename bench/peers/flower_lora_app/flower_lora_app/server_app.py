@@ -23,6 +23,8 @@ def main(grid: Grid, context: Context) -> None:
     n_rounds, n_clients = int(config["num-server-rounds"]), int(config["num-clients"])
     device = task.start(config)
     model = task.Classifier(config)
+    if config["initial-path"]:
+        task.set_state(model, torch.load(config["initial-path"]))
     arrays = ArrayRecord(task.get_state(model))
     strategy = FedAvg(
         fraction_evaluate=float(config["fraction-evaluate"]),
@@ -38,7 +40,7 @@ def main(grid: Grid, context: Context) -> None:
             return None
         timing["train_s"] = time.perf_counter() - began
         task.set_state(model, arrays.to_torch_state_dict())
-        loss, accuracy = task.test(model, task.load_data(config["test-path"], config, shuffle=False), device)
+        loss, accuracy = task.test(model, task.load_data(config["test-path"], config), device)
         return MetricRecord({"loss": loss, "accuracy": accuracy})
 
     began = time.perf_counter()

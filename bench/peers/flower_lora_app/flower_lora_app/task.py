@@ -8,35 +8,54 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding
 
 RunConfig = Mapping[str, Any]
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
 class Classifier(nn.Module):
-    """A sentence encoder with LoRA, mean pooling, and a linear head."""
+    """A sentence encoder with LoRA or a prefix, mean pooling, and a linear head."""
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
         # The stock pooler is untrained in sentence encoders and takes no part in mean pooling.
-        encoder = AutoModel.from_pretrained(config["model-path"], add_pooling_layer=False)
-        lora = LoraConfig(
-            task_type="FEATURE_EXTRACTION",
-            r=config["lora-r"],
-            lora_alpha=config["lora-alpha"],
-            target_modules=["query", "key", "value", "dense"],
-            layers_to_transform=list(range(config["first-layer"], encoder.config.num_hidden_layers)),
-        )
-        self.encoder = get_peft_model(encoder, lora)
+        dropout = {} if config["backbone-dropout"] else dict.fromkeys(DROPOUTS, 0.0)
+        encoder = AutoModel.from_pretrained(config["model-path"], add_pooling_layer=False, **dropout)
+        adapter = prefix_of(config) if config["adapter"] == "prefix" else lora_of(config, encoder)
+        self.encoder = get_peft_model(encoder, adapter)
         self.head = nn.Linear(encoder.config.hidden_size, config["num-labels"])
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return self.head((hidden * mask).sum(dim=1) / mask.sum(dim=1))
+
+
+def lora_of(config: RunConfig, encoder: nn.Module) -> PeftConfig:
+    """LoRA on every linear of the blocks."""
+    return LoraConfig(
+        task_type="FEATURE_EXTRACTION",
+        r=config["lora-r"],
+        lora_alpha=config["lora-alpha"],
+        target_modules=["query", "key", "value", "dense"],
+        layers_to_transform=list(range(config["first-layer"], encoder.config.num_hidden_layers)),
+    )
+
+
+def prefix_of(config: RunConfig) -> PeftConfig:
+    """P-tuning v2: trained keys and values before the text, at every layer."""
+    return PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=config["prefix-tokens"])
 
 
 def get_state(model: Classifier) -> dict[str, torch.Tensor]:
@@ -56,8 +75,8 @@ def _part(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Ten
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def load_data(path: str | Path, config: RunConfig, *, shuffle: bool) -> DataLoader[Any]:
-    """JSON lines of `text` and `label`, tokenised once and padded batch by batch."""
+def load_data(path: str | Path, config: RunConfig, *, seed: int | None = None) -> DataLoader[Any]:
+    """JSON lines of `text` and `label`, tokenised once and padded batch by batch; shuffled if there is a seed."""
     tokenizer = AutoTokenizer.from_pretrained(config["model-path"])
     rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     encoded = tokenizer(
@@ -68,7 +87,8 @@ def load_data(path: str | Path, config: RunConfig, *, shuffle: bool) -> DataLoad
         for ids, mask, row in zip(encoded["input_ids"], encoded["attention_mask"], rows, strict=True)
     ]
     collate = DataCollatorWithPadding(tokenizer)
-    return DataLoader(examples, batch_size=config["batch-size"], shuffle=shuffle, collate_fn=collate)  # type: ignore[arg-type]
+    sampler = None if seed is None else RandomSampler(examples, generator=torch.Generator().manual_seed(seed))
+    return DataLoader(examples, batch_size=config["batch-size"], sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
 
 
 def train(model: Classifier, loader: DataLoader[Any], config: RunConfig, device: torch.device) -> float:
