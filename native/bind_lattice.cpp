@@ -103,7 +103,7 @@ struct Freed {
 };
 
 bool lattice_block(int ring, Polynomials a, Keys s, Keys z, Array<const uint64_t, 1> v, Array<const uint64_t, 1> rho,
-                   std::optional<Array<const uint8_t, 2>> noise, Array<uint8_t, 3> r, Array<uint32_t, 2> u,
+                   std::optional<Array<const uint8_t, 3>> noise, Array<uint8_t, 3> r, Array<uint32_t, 2> u,
                    Array<uint64_t, 1> correction, size_t first) {
   const Primes primes = primes_of(ring);
   const size_t rank = a.shape(1), n_in = v.shape(0), n_out = rho.shape(0), n_tokens = r.shape(1);
@@ -114,8 +114,9 @@ bool lattice_block(int ring, Polynomials a, Keys s, Keys z, Array<const uint64_t
   require(u.shape(0) == n_tokens && u.shape(1) == n_out, "u is [tokens, out]");
   require(correction.shape(0) == n_tokens, "the correction is [tokens]");
   require(first <= n_tokens && n_tokens - first >= n, "a block has 1024 tokens");
-  require(!noise || (primes.ring == Ring::fast && noise->shape(0) == n && noise->shape(1) == n_in),
-          "noise is [1024, in], of the ring fast only");
+  require(!noise || (primes.ring == Ring::fast && noise->shape(0) == 2 && noise->shape(1) == n &&
+                     noise->shape(2) == n_in),
+          "noise is [2, 1024, in], of the ring fast only");
   uint32_t n_above = 0;
   for (size_t prime = 0; prime < primes.count; ++prime) {
     for (size_t i = 0; i < rank * n; ++i) n_above += a.data()[prime * rank * n + i] >= primes.first[prime].q;

@@ -35,7 +35,7 @@ struct LatticeBlock {
   const uint32_t *a;                // [primes][rank][1024], below the prime: values at psi^(2 i + 1)
   const uint32_t *s, *z;            // [blocks of features][primes][rank][1024][16]
   const uint64_t *v, *rho;          // [n_in], [n_out]
-  const uint8_t *noise;             // [1024][n_in] below 225, or null
+  const uint8_t *noise;             // [2][1024][n_in] below 252 and 255, or null
   uint8_t *r;                       // [planes][tokens][n_in], from the first token of the block
   size_t r_plane;                   // bytes from plane to plane
   uint32_t *u;                      // [1024][n_out]

@@ -12,7 +12,6 @@ namespace CLOISTER_LEVEL {
 namespace {
 
 constexpr size_t n = lattice_degree, lanes = lattice_lanes, wide = lattice_group * lanes;
-constexpr int32_t noise_bound = 22;
 
 inline uint32_t montgomery(uint32_t a, uint32_t b, const LatticePrime &prime) {
   const uint64_t t = uint64_t{a} * b;
@@ -49,10 +48,11 @@ struct Fast {
   }
   // The one value of 46 that are rounded to 2^23.
   static bool is_excluded(Error e) { return e == half; }
-  // v + noise is rounded in the place of v, so e lies about p noise and not about 0. The noise is a byte below 225
-  // modulo 45, less 22; the quotient by multiplication is exact there.
-  static Error centre(uint32_t x, uint8_t byte, uint32_t &n_excluded) {
-    const int32_t shift = (byte - 45 * ((byte * 1457) >> 16) - noise_bound) * (1 << 24);
+  // v + noise is rounded in the place of v, so e lies about p noise and not about 0. The noise is nine times a byte
+  // modulo 5 plus one modulo 9, less 22; quotients of bytes by multiplication are exact.
+  static Error centre(uint32_t x, uint8_t low, uint8_t high, uint32_t &n_excluded) {
+    const int32_t rest_9 = low - 9 * ((low * 7282) >> 16), rest_5 = high - 5 * ((high * 13108) >> 16);
+    const int32_t shift = (rest_9 + 9 * rest_5 - 22) * (1 << 24);
     const Error moved = static_cast<int32_t>(x) - shift;  // from -q / 2 to 3 q / 2
     const Error e = moved - (q & above(moved, half));
     n_excluded += is_excluded(e);
@@ -164,10 +164,11 @@ bool finish_r(const LatticeBlock &block, size_t first, const uint32_t *x) {
     gather<Rounding>(x, t, rows);
     typename Rounding::Error e[wide];
     if constexpr (has_noise) {
-      uint8_t noise[wide];
-      __builtin_memset(noise, noise_bound, wide);
-      __builtin_memcpy(noise, block.noise + t * block.n_in + first * lanes, width);
-      for (size_t i = 0; i < wide; ++i) e[i] = Rounding::centre(rows[0][i], noise[i], n_excluded);
+      uint8_t low[wide] = {}, high[wide] = {};
+      const uint8_t *from = block.noise + t * block.n_in + first * lanes;
+      __builtin_memcpy(low, from, width);
+      __builtin_memcpy(high, from + n * block.n_in, width);
+      for (size_t i = 0; i < wide; ++i) e[i] = Rounding::centre(rows[0][i], low[i], high[i], n_excluded);
     } else {
       for (size_t i = 0; i < wide; ++i) e[i] = Rounding::centre(rows[0][i], rows[1][i]);
       if constexpr (Rounding::n_primes == 1)

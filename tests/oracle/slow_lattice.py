@@ -51,16 +51,16 @@ def lattice_key(job_key: bytes, job: int, layer: str, direction: str, index: int
     return slow_pad.expand_label(job_key, b"lattice", *labels)
 
 
-def stream(key: bytes, fresh: Sequence[bytes], n: int, modulus: int) -> list[int]:
-    """The first n residues of a pad stream of one plane whose blocks draw `fresh` in order."""
+def stream(key: bytes, fresh: Sequence[bytes], n: int, *moduli: int) -> list[list[int]]:
+    """The first n residues of a pad stream of these planes whose blocks draw `fresh` in order."""
     blocks = {b: slow_pad.block_key(key, b, fresh[b]) for b in range((n - 1 >> 16) + 1)}
-    return slow_pad.expand(blocks, 0, n, (modulus,))[0]
+    return slow_pad.expand(blocks, 0, n, moduli)
 
 
 def secrets(key: bytes, fresh: Sequence[bytes], par: Set, d: int) -> list[list[list[int]]]:
     """s[i][j], each a list of coefficients in {-1, 0, 1}."""
     size = par.n * par.k * d
-    drawn = stream(slow_pad.expand_label(key, b"secrets"), fresh, -(-size // 5), 243)
+    (drawn,) = stream(slow_pad.expand_label(key, b"secrets"), fresh, -(-size // 5), 243)
     digits = [drawn[m // 5] // 3 ** (m % 5) % 3 - 1 for m in range(size)]
     return [[[digits[(par.n * j + c) * d + i] for c in range(par.n)] for j in range(par.k)] for i in range(d)]
 
@@ -71,6 +71,13 @@ def products(weight: list[list[int]], s: list[list[list[int]]], par: Set) -> lis
         [[sum(w * s_i[j][c] for w, s_i in zip(row, s, strict=True)) for c in range(par.n)] for j in range(par.k)]
         for row in weight
     ]
+
+
+def noise(key: bytes, fresh: Sequence[bytes], par: Set, d: int) -> list[list[int]]:
+    """What is added to v [token][in], from the vector's key."""
+    low, high = stream(slow_pad.expand_label(key, b"noise"), fresh, par.n * d, 252, 255)
+    added = [x % 9 + 9 * (y % 5) - 22 for x, y in zip(low, high, strict=True)]
+    return [added[t * d : (t + 1) * d] for t in range(par.n)]
 
 
 def vector_key(key: bytes, counter: int, fresh: bytes) -> bytes:
@@ -162,12 +169,12 @@ def block(
     v_keys: Sequence[int],
     rho: Sequence[int],
     par: Set,
-    noise: list[list[int]] | None = None,
+    errors: list[list[int]] | None = None,
 ) -> Block | None:
-    """One block, or nothing where it has the excluded value. `noise` is [token][in], from -22 to 22."""
+    """One block, or nothing where it has the excluded value. `errors` are [token][in], from `noise`."""
     v = [combine(a, s_i, par) for s_i in s]
     w = [combine(a, z_o, par) for z_o in z]
-    added = noise or [[0] * len(s)] * par.n
+    added = errors or [[0] * len(s)] * par.n
     if par.is_fast and any((v[i][t] + added[t][i]) % par.q == EXCLUDED for i in range(len(s)) for t in range(par.n)):
         return None
     found = Block([], [], [])

@@ -101,7 +101,7 @@ def lattice_block(
         a: [primes, rank, 1024], below the prime: the values at psi^(2 i + 1).
         s, z: from `lattice_encode`, of the `in` and of the `out` features.
         v, rho: [in] and [out], of the check of the answer.
-        noise: [1024, in] below 225, of the ring fast: modulo 45 it is 22 more than what is added to v.
+        noise: [2, 1024, in], of the ring fast: what is added to v is noise[0] mod 9 + 9 (noise[1] mod 5) - 22.
         r: [planes, tokens, in], gets round(p v / Q) in the planes of a pad.
         u: [tokens, out], gets round(p w / Q) in [0, p).
         correction: [tokens], gets the sum of V (Q r - p v) less that of rho (Q u - p w), over Q, modulo 2^64.

@@ -1,4 +1,4 @@
-"""One-time pads: uniform residues of which each is used once, and what takes them off again. Normative: spec/pad.md.
+"""Pads: uniform ring elements of which each is used once, and what takes them off again. Normative: spec/pad.md.
 
 Everything here is *secret* but shapes, positions and counts, and stays in the process that made it.
 """

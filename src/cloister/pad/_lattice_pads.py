@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _N = LatticeParameters.N_TOKENS
-_NOISE_MODULUS = 225  # 5 * 45, so that a byte below it is uniform modulo 45
+_NOISE_MODULI = (252, 255)  # multiples of 9 and of 5: together uniform modulo 45, and few bytes are rejected
 # Of 4,096 words of 30 bits 1,024 must be below the prime, each with p > 1/2: fewer are with probability at most
 # exp(-4096 * KL(1/4 || 1/2)) < 2^-772 (Chernoff).
 _N_WORDS = 4096
@@ -193,7 +193,7 @@ class LatticePads(PadSource):
                 return start
         raise PadError("the vectors of a lattice pad are not random")
 
-    def _draw(self, counter: int) -> tuple[UInt32[KeyArray, "primes rank 1024"], UInt8[ByteArray, "1024 in"] | None]:
+    def _draw(self, counter: int) -> tuple[UInt32[KeyArray, "primes rank 1024"], UInt8[ByteArray, "2 1024 in"] | None]:
         """The vector a of one block, and its noise. Both *secret*, and hedged: 32 fresh bytes go into their key."""
         key = bytearray(derive_key(self._key, b"vector", counter.to_bytes(8, "big"), os.urandom(KEY_BYTES)))
         try:
@@ -201,12 +201,12 @@ class LatticePads(PadSource):
         finally:
             key[:] = bytes(len(key))
 
-    def _draw_noise(self, key: bytearray) -> UInt8[ByteArray, "1024 in"] | None:
+    def _draw_noise(self, key: bytearray) -> UInt8[ByteArray, "2 1024 in"] | None:
         if not self.parameters.has_noise:
             return None
         stream = PadStream(bytearray(derive_key(key, b"noise")))
         shape = (_N, self._secrets.n_in)
-        (noise,) = stream.draw(shape, (_NOISE_MODULUS,)).use(shape)
+        noise = stream.draw(shape, _NOISE_MODULI).use(shape)
         stream.retire()
         return noise
 

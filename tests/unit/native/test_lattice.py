@@ -54,6 +54,15 @@ def block(
     return (r[:, inside], u[inside], k[inside]) if usable else None
 
 
+def bytes_of_noise(seed: int, n_in: int) -> np.ndarray:
+    return data.integers(seed, (2, N, n_in), np.uint8) % np.array([252, 255], np.uint8)[:, None, None]
+
+
+def bytes_for(error: int) -> tuple[int, int]:
+    """Bytes that stand for an error."""
+    return (error + 22) % 9 + 243, (error + 22) // 9 + 250
+
+
 def keys(seed: int, n_in: int, n_out: int) -> tuple[np.ndarray, np.ndarray]:
     return data.integers(seed, (n_in,), np.uint64), data.integers(seed + 1, (n_out,), np.uint64)
 
@@ -70,8 +79,10 @@ class Case:
         self.z = self.s @ weight.T
         self.rho = data.integers(seed, (n_out,), np.uint64)
         self.v = weight.T.astype(np.uint64) @ self.rho
-        self.noise = data.integers(seed, (N, n_in), np.uint8) % np.uint8(225) if par.noise else None
-        added = None if self.noise is None else (self.noise.astype(np.int64) % 45 - 22).tolist()
+        self.noise = bytes_of_noise(seed, n_in) if par.noise else None
+        added = None
+        if self.noise is not None:
+            added = (self.noise[0].astype(np.int64) % 9 + 9 * (self.noise[1].astype(np.int64) % 5) - 22).tolist()
         split = [
             [secrets[:, i].reshape(par.k, N).tolist() for i in range(secrets.shape[1])] for secrets in (self.s, self.z)
         ]
@@ -102,7 +113,7 @@ def test_a_feature_does_not_depend_on_the_others(name: str, n_in: int, n_out: in
     made, par = case(name), slow.SETS[name]
     columns_in, columns_out = np.arange(n_in) % 3, np.arange(n_out) % 2
     v, rho = keys(5, n_in, n_out)
-    noise = None if made.noise is None else np.ascontiguousarray(made.noise[:, columns_in])
+    noise = None if made.noise is None else np.ascontiguousarray(made.noise[:, :, columns_in])
     found = block(
         name, made.a, encode(made.s[:, columns_in], name), encode(made.z[:, columns_out], name), v, rho, noise
     )
@@ -191,13 +202,26 @@ def test_the_excluded_value_is_found(level: str, token: int, feature: int) -> No
 def test_the_excluded_value_with_noise(level: str, error: int) -> None:
     secrets = np.zeros((2 * N, 1), np.int64)
     secrets[7, 0] = slow.EXCLUDED - error
-    noise = np.full((N, 1), 22, np.uint8)
-    noise[7, 0] = 45 + 22 + error
+    noise = np.zeros((2, N, 1), np.uint8)
+    noise[:, 7, 0] = bytes_for(error)
     v, rho = keys(1, 1, 1)
     made = encode(secrets, "fast")
     assert block("fast", one("fast"), made, made, v, rho, noise) is None
-    noise[7, 0] = 45 + (22 + error + 1) % 45  # another error
+    noise[:, 7, 0] = bytes_for(-21 if error == 22 else error + 1)
     assert block("fast", one("fast"), made, made, v, rho, noise) is not None
+
+
+def test_noise_of_every_byte(level: str) -> None:
+    """Each byte of either kind, seen in r; together every error comes from as many pairs."""
+    par, v = slow.SETS["fast-mlwe"], 45 * 1000
+    noise = np.stack([np.arange(N) % 252, np.arange(N) % 255]).astype(np.uint8)[:, :, None]
+    made = chosen([v] * N, "fast")
+    found = block("fast", one("fast"), made, made, *keys(1, 1, 1), noise)
+    assert found is not None
+    errors = [x % 9 + 9 * (y % 5) - 22 for x, y in noise[:, :, 0].T.tolist()]
+    assert found[0][:, :, 0].T.tolist() == [list(slow.planes(slow.rounded(v + error, par), par)) for error in errors]
+    pairs = np.bincount([x % 9 + 9 * (y % 5) for x in range(252) for y in range(255)])
+    assert pairs.tolist() == [28 * 51] * 45
 
 
 def test_digits_of_every_byte(level: str) -> None:
@@ -226,7 +250,7 @@ def test_levels_agree_on_a_wide_layer(name: str) -> None:
     a, (v, rho) = values(1, par), keys(2, n_in, n_out)
     s = data.integers(3, (par.k * N, n_in), np.uint8).astype(np.int64) % 3 - 1
     z = data.integers(4, (par.k * N, n_out), np.int32).astype(np.int64)
-    noise = data.integers(5, (N, n_in), np.uint8) % np.uint8(225) if par.noise else None
+    noise = bytes_of_noise(5, n_in) if par.noise else None
     before, results = _native.level(), []
     try:
         for level in _native.levels():
@@ -269,7 +293,7 @@ WRONG = {
     "z": [np.zeros((0, 1, 2, N, 16), np.uint32), np.zeros((1, 1, 2, 2 * N, 16), np.uint32)[:, :, :, ::2]],
     "v": [np.zeros(17, np.uint64), np.zeros(3, np.int64)],
     "rho": [np.zeros(3, np.uint64)],
-    "noise": [np.zeros((N, 2), np.uint8), np.zeros((N - 1, 3), np.uint8)],
+    "noise": [np.zeros((2, N, 2), np.uint8), np.zeros((2, N - 1, 3), np.uint8), np.zeros((1, N, 3), np.uint8)],
     "r": [np.zeros((4, N, 3), np.uint8), np.zeros((3, N, 4), np.uint8), np.zeros((3, N - 1, 3), np.uint8)],
     "u": [np.zeros((N, 3), np.uint32), np.zeros((N + 1, 2), np.uint32)],
     "correction": [np.zeros(N - 1, np.uint64)],
@@ -289,7 +313,7 @@ def test_noise_is_for_fast_only():
     made = {**arguments(), **faithful, "s": both, "z": both}
     assert _native.lattice_block(**made)
     with pytest.raises(ValueError, match="fast only"):
-        _native.lattice_block(**{**made, "noise": np.zeros((N, 3), np.uint8)})
+        _native.lattice_block(**{**made, "noise": np.zeros((2, N, 3), np.uint8)})
 
 
 def test_other_kernels_refuse_other_shapes():

@@ -77,10 +77,7 @@ def test_a_pad_is_that_of_the_specification(
         if not pending:
             break
         vector_key = slow.vector_key(key, counter, pending.pop(0))
-        noise = None
-        if par.noise:
-            found = slow.stream(slow.slow_pad.expand_label(vector_key, b"noise"), [pending.pop(0)], N * len(v), 225)
-            noise = [[x % 45 - 22 for x in found[t * len(v) : (t + 1) * len(v)]] for t in range(N)]
+        noise = slow.noise(vector_key, [pending.pop(0)], par, len(v)) if par.noise else None
         polynomials = slow.polynomials(slow.vector(vector_key, par), par)
         made = slow.block(polynomials, s, z, v, rho, par, noise)
         if made is not None:

@@ -26,9 +26,6 @@ from cloister.pad import _lattice as lattice
 from cloister.ring import FAITHFUL, FAST, FORMATS, quantize_weight
 
 N = 1024
-NAMES = pytest.mark.parametrize("name", list(LATTICE_PARAMETERS))
-BOTH = pytest.mark.parametrize("fmt", [FAITHFUL, FAST], ids=lambda fmt: fmt.name)
-WAYS = pytest.mark.parametrize("direction", list(Direction))
 
 
 @pytest.fixture
