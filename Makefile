@@ -50,6 +50,7 @@ fuzz: $(STAMP)  ## a million cases over every parser of bytes from outside; minu
 bench: $(STAMP)  ## every figure in README and docs; writes bench/results/*.csv
 	for script in bench/[a-z]*.py; do [ $$script = bench/report.py ] && continue; $(BIN)/python $$script || exit 1; done
 	$(BIN)/python bench/method2_vs_flower.py --data quickstart
+	for data in hoc druglib; do $(BIN)/python bench/method1_vs_flower.py --data $$data || exit 1; done
 
 bench-report: $(STAMP)
 	@$(BIN)/python -m bench.report
@@ -57,7 +58,7 @@ bench-report: $(STAMP)
 lock:  ## resolve every dependency anew; then read the difference and run the tests
 	$(PYTHON) -m venv .lock
 	.lock/bin/python -m pip install --quiet torch==2.13.0
-	.lock/bin/python -m pip install --quiet ".[quickstart,s3]"
+	.lock/bin/python -m pip install --quiet ".[quickstart,s3,dp]"
 	sed -i '/^torch==/q' src/cloister/constraints.txt
 	.lock/bin/python -m pip freeze --exclude torch --exclude cloister >> src/cloister/constraints.txt
 	.lock/bin/python -m pip install --quiet --constraint constraints.txt ".[dev]"

@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 from bench._common import load_average
 from bench._masked import Masked, one_thread
-from bench._method1 import BATCH_SIZE, MAX_LENGTH, PREFIX_TOKENS, RANK, Adapter, Setting, Variant, whole_side
+from bench._method1 import BATCH_SIZE, PREFIX_TOKENS, RANK, Adapter, Setting, Variant, whole_side
 from torch.profiler import ProfilerActivity, profile
 
 if TYPE_CHECKING:
@@ -102,11 +102,11 @@ def training_of(setting: Setting, variant: Variant, n_steps: int, session: Offlo
     side, client = whole_side(job), job.clients[0]
     if session is not None:
         offload_model(side, session)
-    tokenizer = load_tokenizer(inspect_backbone(job.model.path))
+    info = inspect_backbone(job.model.path)
     task, columns = job.task_spec(), client.column_map()
     datasets = {"train": open_dataset(client.train.path, columns=columns, task=task)}
-    limit = MAX_LENGTH - PREFIX_TOKENS
-    features, _ = token_features(client.name, datasets, tokenizer, task, model_max_length=limit)
+    limit = None if info.max_length is None else info.max_length - PREFIX_TOKENS
+    features, _ = token_features(client.name, datasets, load_tokenizer(info), task, model_max_length=limit)
     training = LocalTraining(side, features, job.train_spec(), task)
     start = adapter_state(side.peft).to_bytes()
     return lambda: training.train(start, 1)

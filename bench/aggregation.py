@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -96,7 +97,9 @@ def apart(*arguments: str) -> dict[str, float]:
     """Runs one measurement in a fresh process."""
     # -P: a bench's neighbours do not stand in for modules of the standard library.
     argv = [sys.executable, "-P", __file__, "--child", *arguments]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    # One thread of BLAS: on shared cores, several measure whoever else is there.
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"error: {' '.join(arguments)}: {done.stderr.strip()}")
     return json.loads(done.stdout)

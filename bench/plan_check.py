@@ -2,7 +2,7 @@
 
 First the machine's constants are measured, as `--machine this` does; then plain and masked layers, and whole training
 steps of a small model. `ours` is the prediction and `peer` the measurement, so a ratio of 1 is a prediction that came
-true. Times are CPU seconds of all processes with one thread each, the least of several calls: what an idle machine
+true. All times are CPU seconds of both processes with one thread each, the least of several calls: what an idle machine
 would take, since enclave and accelerator take turns. The constants of the last pair are kept beside the results, as a
 description that `cloister plan --machine` takes.
 
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from bench._common import load_average, out_path, row, write_csv
-from bench._masked import MODES, Masked, one_thread
+from bench._masked import MODES, Masked, cpu_s_of, one_thread
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 from cloister.api import Machine, measure_machine, plan_model, save_machine
 from cloister.api._estimate_cost import enclave_rates, masked_product
+from cloister.offload import least_seconds
 from cloister.pad import Direction, PadMode
 from cloister.ring import FAITHFUL, FAST, FORMATS, RingFormat, quantize_weight
 from cloister.slicing import offload_model
@@ -54,16 +55,9 @@ class Found(NamedTuple):
     unit: str
 
 
-def least_cpu_s(run: Callable[[], object], cpu_s: Callable[[], float], *, seconds: float) -> float:
-    """The least CPU seconds of `run`, called for so long and at least three times, after one that does not count."""
-    run()
-    found: list[float] = []
-    began = time.perf_counter()
-    while len(found) < 3 or time.perf_counter() - began < seconds:
-        before = cpu_s()
-        run()
-        found.append(cpu_s() - before)
-    return min(found)
+def cpu_clock(pid: int | None = None) -> float:
+    """CPU seconds of this process, and of an accelerator's."""
+    return time.process_time() + (cpu_s_of(pid) if pid else 0.0)
 
 
 def layers(machine: Machine, shapes: dict[str, tuple[int, int]], n_tokens: int, seconds: float) -> Iterator[Found]:
@@ -84,7 +78,7 @@ def layers(machine: Machine, shapes: dict[str, tuple[int, int]], n_tokens: int, 
 def plain_layer(weight: torch.Tensor, x: torch.Tensor, direction: Direction, seconds: float) -> float:
     """CPU seconds of the product by torch."""
     by = weight.T if direction is Direction.FORWARD else weight
-    return least_cpu_s(lambda: x @ by, time.process_time, seconds=seconds)
+    return least_seconds(lambda: x @ by, seconds=seconds, clock=cpu_clock)
 
 
 def masked_layer(
@@ -99,7 +93,10 @@ def masked_layer(
         }
         for direction, call in calls.items():
             # A lattice block serves 1024 tokens, so of two calls only one makes pads: the mean of pairs counts.
-            yield direction, least_cpu_s(lambda call=call: (call(), call()), masked.cpu_s, seconds=4 * seconds) / 2
+            yield (
+                direction,
+                least_seconds(lambda call=call: (call(), call()), seconds=4 * seconds, clock=masked.cpu_s) / 2,
+            )
 
 
 def steps(machine: Machine, folder: Path, n_tokens: int, seconds: float) -> Iterator[Found]:
@@ -107,7 +104,7 @@ def steps(machine: Machine, folder: Path, n_tokens: int, seconds: float) -> Iter
     found = plan_model(folder, machine, n_tokens=n_tokens, rank=RANK)
     of = f"Llama of {SIZES['n_layers']} blocks of {SIZES['hidden_size']}, {n_tokens} tokens"
     model, inside = adapted(folder), found.inside["fp32"]
-    measured = least_cpu_s(step_of(model, n_tokens), time.process_time, seconds=8 * seconds)
+    measured = least_seconds(step_of(model, n_tokens), seconds=8 * seconds, clock=cpu_clock)
     yield Found(f"step in fp32, {of}", 1e3 * n_tokens / inside.tokens_per_s, 1e3 * measured, "ms")
     yield Found(f"activations, {of}", inside.memory["activations"] / 1e6, kept_bytes(model, n_tokens) / 1e6, "MB")
     for planned in found.masked:
@@ -117,7 +114,7 @@ def steps(machine: Machine, folder: Path, n_tokens: int, seconds: float) -> Iter
             model = adapted(folder)
             offload_model(model, masked.session)
             step = step_of(model, n_tokens)
-            measured = least_cpu_s(lambda step=step: (step(), step()), masked.cpu_s, seconds=8 * seconds) / 2
+            measured = least_seconds(lambda step=step: (step(), step()), seconds=8 * seconds, clock=masked.cpu_s) / 2
         what = f"masked step, {planned.format}, {planned.pad.value}, {of}"
         yield Found(what, 1e3 * n_tokens / planned.tokens_per_s, 1e3 * measured, "ms")
 
@@ -175,7 +172,7 @@ def main() -> None:
         model = write_tiny_model(Path(scratch) / "model", "llama", **SIZES)
         for number in range(2 if args.quick else args.pairs):
             print(f"pair {number + 1}, load average {load_average():.1f}", file=sys.stderr)
-            machine = measure_machine(seconds=seconds)
+            machine = measure_machine(seconds=seconds, clock=cpu_clock)
             for one in layers(machine, QUICK_SHAPES if args.quick else SHAPES, args.tokens, seconds):
                 found[one.measure].append(one)
             for one in steps(machine, model, args.tokens, seconds):

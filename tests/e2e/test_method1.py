@@ -26,6 +26,7 @@ def _is_private(path: Path) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers for it
 def test_lora_faithful_with_its_release(tmp_path: Path):
     sections = COMMON.format(method="") + '[release]\nwhat = "adapter"\n'
     events: list[dict] = []
@@ -57,7 +58,10 @@ def test_lora_faithful_with_its_release(tmp_path: Path):
     _check_views(done.run_dir, result, events)
     _check_release(done.run_dir)
 
+    said = (done.run_dir / "events.jsonl").read_text().splitlines()
     answers = predict(done.run_dir, "beta", ["the old rose", "cold sea"], programs=FAKE)
+    after = (done.run_dir / "events.jsonl").read_text().splitlines()
+    assert not set(after[len(said) :]) & set(said), "a question repeats what the run has told"
     assert [set(a["probabilities"]) for a in answers] == [{"red", "green", "blue"}] * 2
     assert all(abs(sum(a["probabilities"].values()) - 1) < 1e-5 for a in answers)
 

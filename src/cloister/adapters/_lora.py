@@ -46,10 +46,10 @@ class LoraSpec:
         return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def __post_init__(self) -> None:
-        if self.r < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
+        if self.r < 1 or not 0 < self.alpha < math.inf or not 0 <= self.dropout < 1:
             raise AdapterError(
                 f"LoRA with r = {self.r}, alpha = {self.alpha}, dropout = {self.dropout} is not possible",
-                hint="r is at least 1, alpha above 0, dropout in [0, 1)",
+                hint="r is at least 1, alpha above 0 and finite, dropout in [0, 1)",
             )
         if not self.targets:
             raise AdapterError("LoRA has no targets", hint='name linears, or set targets = "all-linear"')

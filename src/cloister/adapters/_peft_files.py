@@ -122,7 +122,7 @@ def _parse_config(blob: bytes) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise MalformedMessageError(f"{CONFIG_FILE} is not an object")
     if config.get("peft_type") not in ("LORA", "PREFIX_TUNING"):
-        raise UnsupportedLayerError(f"peft_type is {config.get('peft_type')!r}", hint="LORA and PREFIX_TUNING are read")
+        raise UnsupportedLayerError(f"peft_type is {_short(config, 'peft_type')}", hint="LORA or PREFIX_TUNING is read")
     return cast("dict[str, Any]", config)
 
 
@@ -134,7 +134,8 @@ class _Fields:
 
     def number(self, key: str, kinds: type | tuple[type, ...] = int) -> Any:
         value = self._config.get(key)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+        # Whole numbers beyond 2^31 are none of ours, and one beyond 2^1024 is no float.
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool) or not abs(value) < 1 << 31:
             raise MalformedMessageError(f"{CONFIG_FILE} has no usable {key}")
         return value
 
@@ -148,9 +149,9 @@ def _spec_of(config: dict[str, Any], tensors: Mapping[str, Array]) -> StateSpec:
     """The spec that the configuration and the tensors' names give; `AdapterState` then compares every shape."""
     tasks: dict[str, Task] = {peft: task for task, peft in PEFT_TASKS.items()}
     fields = _Fields(config)
-    if config.get("task_type") not in tasks:
-        raise UnsupportedLayerError(f"task_type is {config.get('task_type')!r}", hint=f"one of {', '.join(tasks)}")
-    task = tasks[config["task_type"]]
+    task = tasks.get(str(config.get("task_type")))
+    if task is None:
+        raise UnsupportedLayerError(f"task_type is {_short(config, 'task_type')}", hint=f"one of {', '.join(tasks)}")
     heads = {name: tensor.shape for name, tensor in tensors.items() if _is_head(name)}
     if (task == "sequence-classification") != bool(heads):
         raise StateMismatchError("a classifier has a head, and nothing else has one", key=next(iter(heads), "head"))
@@ -186,4 +187,8 @@ def _refuse_options(config: Mapping[str, Any], plain: Mapping[str, Any]) -> None
     """An option that `plain` does not have changes what the adapter computes, so it must not be dropped."""
     for key, value in config.items():
         if key not in _FREE and value != plain.get(key) and (value or plain.get(key)):
-            raise UnsupportedLayerError(f"{key} = {value!r} in {CONFIG_FILE} is not supported")
+            raise UnsupportedLayerError(f"{key[:40]} = {_short(config, key)} in {CONFIG_FILE} is not supported")
+
+
+def _short(config: Mapping[str, Any], key: str) -> str:
+    return repr(config.get(key))[:40]

@@ -22,7 +22,7 @@ N_WEIGHT_PLANES: Mapping[str, int] = {"faithful": 4, "fast": 1}
 MAX_FEATURES = 2**17 - 1
 """Width of a masked layer at most; spec/pad.md section 1.3."""
 ANSWER_BYTES = 4
-"""Of one element on its way back: a uint32."""
+"""Of one element on its way back; spec/pad.md section 8."""
 
 _NS = 1e-9
 _GIGA = 1e9

@@ -14,7 +14,7 @@ Bill = dict[str, int]
 """Bytes by what they are kept for."""
 
 LATTICE_COEFFICIENTS = 2048
-"""Of a lattice key, for each feature: 1024 coefficients in a module of rank 2; spec/pad.md, "Homomorphic pads"."""
+"""Of a lattice key, for each feature: 1024 coefficients in a module of rank 2; spec/pad.md section 9.1."""
 LATTICE_PRIMES = {"faithful": 2, "fast": 1}
 """Words of 4 bytes that a coefficient takes in the transformed domain, one a prime."""
 

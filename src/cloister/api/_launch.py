@@ -132,6 +132,8 @@ class Launch:
         self.accelerators = {n: self._accelerator_child(n) for n in job.client_names if self._needs_accelerator(n)}
         client_child = self._enclave_client_child if has_enclaves else self._client_child
         self.clients = {name: client_child(name) for name in job.client_names}
+        for name in ("server", *self.clients):  # what earlier processes said is in the run's events already
+            self._tail.skip(self._events_of(name))
 
     # --- life -----------------------------------------------------------------------------------------------------
 
@@ -144,7 +146,6 @@ class Launch:
 
     def start_server(self) -> None:
         """Starts the server enclave alone, for predictions on this machine."""
-        self._tail.skip(self._events_of("server"))
         self.server.start()
 
     def start(self) -> None:
@@ -152,8 +153,7 @@ class Launch:
         self.start_server()
         for child in self.accelerators.values():
             child.start()
-        for name, child in self.clients.items():
-            self._tail.skip(self._events_of(name))
+        for child in self.clients.values():
             child.start()
         self._relay = relay = self._programs.relay(
             self._folder.relay,
@@ -227,7 +227,6 @@ class Launch:
         if name in self.accelerators:
             self.accelerators[name].start()
         child = self.clients[name] = self._enclave_client_child(name, "--ask")
-        self._tail.skip(self._events_of(name))
         child.start()
         self._wait_until_serving(self.client_socket(name), child.name)
         return self.client_socket(name)

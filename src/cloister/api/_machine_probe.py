@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import platform
 import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import psutil
 
@@ -27,13 +30,24 @@ _SHARED_GB_S = 1000.0  # next to nothing, for memory that is not copied
 _GIGA = 1e9
 
 
-def measure_machine(*, seconds: float = 0.15) -> Machine:
+class Clock(Protocol):
+    """Seconds, of the wall or of processors. `pid` is the accelerator's process where it works too."""
+
+    def __call__(self, pid: int | None = None) -> float: ...
+
+
+def _wall(pid: int | None = None) -> float:
+    return time.perf_counter()
+
+
+def measure_machine(*, seconds: float = 0.15, clock: Clock = _wall) -> Machine:
     """Measure this machine. Starts an accelerator on it, and ends it.
 
     What runs in a TEE must be measured in it: elsewhere the rates are those of the same processor without one.
 
     Args:
         seconds: to spend on each of some thirty constants; the accelerator takes a few more to start.
+        clock: another one than the wall's, on a machine that is busy.
 
     Raises:
         OffloadError: the accelerator does not start, or has no exact int8 product.
@@ -43,20 +57,21 @@ def measure_machine(*, seconds: float = 0.15) -> Machine:
     from cloister.offload import LocalAccelerator
     from cloister.ring import FORMATS
 
-    runtime, total = psutil.Process().memory_info().rss, psutil.virtual_memory().total
-    enclave = EnclaveSpec(
-        tee=_tee(),
-        cores=torch.get_num_threads(),
-        kernel_threads=1,
-        fp32_gflop_s=_float_gflop_s("float32", seconds),
-        bf16_gflop_s=_float_gflop_s("bfloat16", seconds),
-        int8_gop_s=_int8_gop_s(seconds),
-        memory_gb_s=_stream_gb_s(seconds),
-        memory_bytes=total,
-        runtime_bytes=runtime,
-    )
+    timing = _Timing(seconds, clock)
     with LocalAccelerator("cpu") as device:
-        accelerator, link = _measure_accelerator(device, enclave, seconds)
+        enclave = EnclaveSpec(
+            tee=_tee(),
+            cores=torch.get_num_threads(),
+            kernel_threads=1,
+            fp32_gflop_s=_float_gflop_s("float32", timing),
+            bf16_gflop_s=_float_gflop_s("bfloat16", timing),
+            int8_gop_s=_int8_gop_s(timing),
+            memory_gb_s=_stream_gb_s(timing),
+            memory_bytes=psutil.virtual_memory().total,
+            # The accelerator has loaded what an enclave loads, and no model yet.
+            runtime_bytes=psutil.Process(device.pid).memory_info().rss,
+        )
+        accelerator, link = _measure_accelerator(device, enclave, timing)
     return Machine(
         name=THIS,
         about=f"this machine: {_processor()}, {enclave.cores:.0f} threads; the accelerator is a process on it",
@@ -65,20 +80,29 @@ def measure_machine(*, seconds: float = 0.15) -> Machine:
         accelerator=accelerator,
         link=link,
         helper_link=LinkSpec(gb_s=0.125, latency_us=200),
-        kernels={name: _kernels(fmt, seconds) for name, fmt in FORMATS.items()},
+        kernels={name: _kernels(fmt, timing) for name, fmt in FORMATS.items()},
         sources=_sources(),
     )
 
 
-def _float_gflop_s(dtype: str, seconds: float) -> float:
+@dataclass(frozen=True)
+class _Timing:
+    seconds: float
+    clock: Clock
+
+    def least(self, run: Callable[[], object], pid: int | None = None) -> float:
+        return least_seconds(run, seconds=self.seconds, clock=lambda: self.clock(pid))
+
+
+def _float_gflop_s(dtype: str, timing: _Timing) -> float:
     import torch
 
     x = torch.ones((_TOKENS, _WIDTH), dtype=getattr(torch, dtype))
     weight = torch.ones((_WIDTH, _WIDTH), dtype=x.dtype)
-    return 2 * _TOKENS * _WIDTH**2 / least_seconds(lambda: x @ weight.T, seconds=seconds) / _GIGA
+    return 2 * _TOKENS * _WIDTH**2 / timing.least(lambda: x @ weight.T) / _GIGA
 
 
-def _int8_gop_s(seconds: float) -> float:
+def _int8_gop_s(timing: _Timing) -> float:
     """Of the products that the mode otp makes inside."""
     import torch
 
@@ -88,26 +112,26 @@ def _int8_gop_s(seconds: float) -> float:
     weight = torch.ones((1, _WIDTH, _WIDTH), dtype=torch.int8)
     out = torch.empty(x.shape, dtype=torch.int32)
     operations = FAST.n_planes * 2 * _TOKENS * _WIDTH**2
-    return operations / least_seconds(lambda: product(x, weight, FAST, out=out), seconds=seconds) / _GIGA
+    return operations / timing.least(lambda: product(x, weight, FAST, out=out)) / _GIGA
 
 
-def _stream_gb_s(seconds: float) -> float:
+def _stream_gb_s(timing: _Timing) -> float:
     """Of element-wise steps on tensors that no cache holds."""
     import torch
 
     a, b = torch.ones(_STREAM_FLOATS), torch.ones(_STREAM_FLOATS)
-    return 3 * a.nbytes / least_seconds(lambda: torch.add(a, b, out=b), seconds=seconds) / _GIGA
+    return 3 * a.nbytes / timing.least(lambda: torch.add(a, b, out=b)) / _GIGA
 
 
 def _measure_accelerator(
-    device: LocalAccelerator, enclave: EnclaveSpec, seconds: float
+    device: LocalAccelerator, enclave: EnclaveSpec, timing: _Timing
 ) -> tuple[AcceleratorSpec, LinkSpec]:
     """Its products at two widths give its rate and what an element costs; one of next to nothing gives the latency.
 
     The planes stand in memory that both share, so what is left of the link is in the elements' cost.
     """
-    latency = _product_seconds(device, 1, 32, seconds)
-    half, whole = (_product_seconds(device, _TOKENS, width, seconds) - latency for width in (_WIDTH // 2, _WIDTH))
+    latency = _product_seconds(device, 1, 32, timing)
+    half, whole = (_product_seconds(device, _TOKENS, width, timing) - latency for width in (_WIDTH // 2, _WIDTH))
     rate, combine = fit_product(half, whole, width=_WIDTH // 2, n_tokens=_TOKENS, n_planes=3)
     spec = AcceleratorSpec(
         shares_cpu=True,
@@ -131,7 +155,7 @@ def fit_product(half: float, whole: float, *, width: int, n_tokens: int, n_plane
     return rate, max(half - square, 0.0) / (n_tokens * width)
 
 
-def _product_seconds(device: LocalAccelerator, n_tokens: int, width: int, seconds: float) -> float:
+def _product_seconds(device: LocalAccelerator, n_tokens: int, width: int, timing: _Timing) -> float:
     import torch
 
     from cloister.ring import FAST, quantize_weight
@@ -142,11 +166,11 @@ def _product_seconds(device: LocalAccelerator, n_tokens: int, width: int, second
         with device.call(_LAYER, Direction.FORWARD, n_tokens) as call:
             call.multiply()
 
-    return least_seconds(multiply, seconds=seconds)
+    return timing.least(multiply, device.pid)
 
 
-def _kernels(fmt: RingFormat, seconds: float) -> KernelSpec:
-    found = measure_kernels(fmt, seconds=seconds)
+def _kernels(fmt: RingFormat, timing: _Timing) -> KernelSpec:
+    found = measure_kernels(fmt, seconds=timing.seconds, clock=timing.clock)
     return KernelSpec(
         otp_ns=found.otp,
         encode_ns=found.encode,

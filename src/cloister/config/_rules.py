@@ -192,3 +192,18 @@ def _keys_of_the_other_rule(found: Mapping[str, Any], rule: object) -> Iterator[
                 yield Problem(f"aggregation.{key}", f'belongs to the rule "{owner}"', "remove it")
     if rule == "fedprox" and not found.get("proximal_mu"):
         yield Problem("aggregation.proximal_mu", "fedprox without it is fedavg", "set it, for example to 0.01")
+
+
+def drop_keys_of_others(raw: dict[str, Any]) -> None:
+    """Take out of a dumped job what its method, adapter and rule do not have; there they are defaults."""
+    method, adapter, aggregation = raw["method"]["name"], raw["adapter"], raw["aggregation"]
+    for owner, keys in _OF_METHOD.items():
+        for section, _, name in (key.partition(".") for key in keys if owner != method):
+            raw.get(section, {}).pop(name, None)
+    for given, kind, owners in ((adapter, adapter["name"], _OF_ADAPTER), (aggregation, aggregation["rule"], _OF_RULE)):
+        for key in (key for owner, keys in owners.items() if owner != kind for key in keys):
+            given.pop(key, None)
+    if method == "split":
+        del raw["aggregation"]
+    for client in raw["clients"]:
+        client.pop("accelerator" if method == "split" else "weight", None)

@@ -7,15 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from cloister.config._models import Job
+from cloister.config._rules import drop_keys_of_others
 
 
 def job_to_toml(job: Job, *, defaults: bool = True) -> str:
     """The job as TOML text; `load_job` of it gives an equal job.
 
-    With `defaults=False` only what differs from them. The store's options may hold credentials and are left out: a
-    resumed run takes them from the original job file.
+    With `defaults=False` only what differs from them, and never what belongs to another method, adapter or rule. The
+    store's options may hold credentials and are left out: a resumed run takes them from the original job file.
     """
     raw = job.model_dump(mode="json", exclude_none=True, exclude_defaults=not defaults, exclude={"store": {"options"}})
+    if defaults:
+        drop_keys_of_others(raw)
     raw = {"version": job.version, **raw}
     lines = [f"{key} = {_value(value)}" for key, value in raw.items() if not isinstance(value, (dict, list))]
     for key, value in raw.items():

@@ -6,7 +6,7 @@ classes work on all replies in one list, as messages of a SuperLink, and bring g
 Memory for an adapter of P numbers and any number n of clients, beside one update of 4 P bytes:
 
     mean, private mean    8 P bytes
-    trimmed mean          max(256 MiB, 6 KiB * n), and 4 P n bytes of sealed spool on disk
+    trimmed mean          max(256 MiB, 4 KiB * n), and 4 P n bytes of sealed spool on disk
     exact LoRA            8 P bytes and three float64 matrices of the largest adapted layer, and the spool
 """
 
@@ -31,7 +31,7 @@ Mean = Mapping[str, Float64[np.ndarray, "..."]]
 
 _PIECE = 1 << 16  # numbers at a time, so that temporaries stay small beside a tensor
 _MIN_PIECE = 256
-_SORT_BYTES = 24  # a number of the trimmed mean: in float64, as read from the spool, and in between
+_SORT_BYTES = 16  # a number of the trimmed mean: as read from the spool, in its column, and twice in sorting
 _SLACK = 1 - 2.0**-40  # scaling by a quotient of float64s must not end above the clipping norm
 
 
@@ -140,12 +140,12 @@ class TrimmedMean:
         self._require(n)
         mean = {name: np.zeros(shape) for name, shape in self._shapes.items()}
         for index, (name, place) in enumerate(self._places):
-            column = np.empty((n, place.stop - place.start))
+            column = np.empty((n, place.stop - place.start), dtype=np.float32)
             for row, piece in zip(column, self._spool.read(index), strict=True):
                 row[:] = piece
             dropped = int(self._trim * n)
             column.partition((dropped, n - dropped - 1), axis=0)
-            mean[name].reshape(-1)[place] = column[dropped : n - dropped].mean(axis=0)
+            mean[name].reshape(-1)[place] = column[dropped : n - dropped].mean(axis=0, dtype=np.float64)
         return mean
 
     def _require(self, n_clients: int) -> None:

@@ -278,6 +278,7 @@ class ServerRun(ABC):
             FederationError: stopped by the host.
         """
         with self._changed:
+            self._begin_waiting()
             while not self._stop.is_set():
                 names = waiting()
                 if not names and is_whole():
@@ -294,6 +295,12 @@ class ServerRun(ABC):
                     f"{there()} of {len(self._peers)} clients delivered, min_clients is {self._plan.min_clients}",
                     hint="see the clients' own logs, or raise federation.timeout_s",
                 )
+
+    def _begin_waiting(self) -> None:
+        """Silence counts from now on of every client that owed no answer till now: nobody had asked it anything."""
+        for peer in self._peers.values():
+            if peer.outstanding is None:
+                peer.last_seen = self._now()
 
     def _is_late(self, name: str) -> bool:
         return self._now() - self._peers[name].last_seen > self._plan.timeout_s
@@ -316,6 +323,7 @@ class ServerRun(ABC):
 
     def _await_finish(self) -> None:
         with self._changed:
+            self._begin_waiting()
             while not self._stop.is_set():
                 waiting = [n for n in self._members() if n not in self._finished and not self._peers[n].failed]
                 if not waiting or all(self._is_late(name) for name in waiting):

@@ -81,6 +81,7 @@ def _context(result: dict[str, Any], events: list[Event]) -> dict[str, Any]:
         "per_client": _per_client(rows),
         "loss": _loss(result, events),
         "is_enclave": result.get("method") == "enclave",
+        "client_enclaves": sorted(result.get("client_enclaves") or {}),
         "rounds": _rounds(result),
         "pad": _pad(result),
         "clients": _clients(result),

@@ -59,6 +59,8 @@ def load_whole(info: BackboneInfo, *, task: Task, n_labels: int | None = None) -
             path=info.path,
             hint="the checkpoint is of another architecture than its config.json says",
         )
+    if getattr(model.base_model, "pooler", None) is not None:
+        model.base_model.pooler = None  # it would be computed, masked even, for nobody
     return model.requires_grad_(requires_grad=False).eval()
 
 

@@ -2,7 +2,8 @@
 
 PEFT evaluates `base(x) + B(A(x)) * scaling` operator by operator, which writes three tensors of the output's size and
 keeps what autograd needs of each. Here the low-rank term is added into the output by the matrix product itself, and
-backward does the same for the input's gradient. The frozen weight's gradient is never formed.
+backward does the same for the input's gradient. The frozen weight's gradient is never formed. Over a masked base, whose
+output comes from elsewhere, the term is added into that output.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
+
+from cloister.offload import OffloadedLinear
 
 
 class _LowRank(torch.autograd.Function):
@@ -42,10 +45,37 @@ class _LowRank(torch.autograd.Function):
         return gx, None, None, ga, gb, None
 
 
-def accelerate_lora(module: nn.Module) -> int:
-    """Replaces the forward of the module's LoRA layers by the function above, where it is the same function.
+class _Added(torch.autograd.Function):
+    """y + s (x A^T) B^T, written into y. x [..., in], y [..., out], A [r, in], B [out, r]."""
 
-    Layers with dropout, biases in the adapter, a variant such as DoRA, or a base that is not `nn.Linear` keep PEFT's.
+    @staticmethod
+    def forward(  # noqa: PLR0917 - autograd passes by position
+        ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float
+    ) -> Tensor:
+        x2 = x.reshape(-1, x.shape[-1])
+        h = torch.mm(x2, a.t())
+        y.view(-1, y.shape[-1]).addmm_(h, b.t(), alpha=scaling)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x2, h, a, b)
+        ctx.scaling, ctx.shape = scaling, x.shape
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x2, h, a, b = ctx.saved_tensors
+        g = grads[0].reshape(-1, grads[0].shape[-1])
+        gh = torch.mm(g, b).mul_(ctx.scaling)
+        gx = torch.mm(gh, a).view(ctx.shape) if ctx.needs_input_grad[1] else None
+        ga = torch.mm(gh.t(), x2) if ctx.needs_input_grad[2] else None
+        gb = torch.mm(g.t(), h).mul_(ctx.scaling) if ctx.needs_input_grad[3] else None
+        return grads[0] if ctx.needs_input_grad[0] else None, gx, ga, gb, None
+
+
+def accelerate_lora(module: nn.Module) -> int:
+    """Replaces the forward of the module's LoRA layers by the functions above, where they are the same function.
+
+    Layers with dropout, biases in the adapter, a variant such as DoRA, or a base that is neither `nn.Linear` nor masked
+    keep PEFT's.
 
     Args:
         module: the far side, after `add_lora`.
@@ -64,7 +94,7 @@ def accelerate_lora(module: nn.Module) -> int:
 def _is_plain(layer: LoraLinear) -> bool:
     active = layer.active_adapters
     return (
-        type(layer.base_layer) is nn.Linear
+        type(layer.base_layer) in (nn.Linear, OffloadedLinear)
         and len(active) == 1
         and active[0] in layer.lora_A
         and active[0] not in layer.lora_variant
@@ -77,6 +107,9 @@ def _is_plain(layer: LoraLinear) -> bool:
 def _forward_of(layer: LoraLinear) -> Callable[[Tensor], Tensor]:
     name = layer.active_adapters[0]
     base, a, b, scaling = layer.base_layer, layer.lora_A[name], layer.lora_B[name], float(layer.scaling[name])
+
+    if isinstance(base, OffloadedLinear):
+        return lambda x, *_, **__: _Added.apply(base(x), x, a.weight, b.weight, scaling)  # type: ignore[no-any-return]
 
     def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
         return _LowRank.apply(x, base.weight, base.bias, a.weight, b.weight, scaling)  # type: ignore[no-any-return]

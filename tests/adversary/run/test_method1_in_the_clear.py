@@ -6,6 +6,7 @@ something if it finds it where it is: the twin runs the same programs with encry
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from dataclasses import dataclass, field
@@ -129,6 +130,9 @@ def _needles(job: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Needl
             text = json.loads(line)["text"]
             needles.text |= {text.encode(), text.encode("utf-16-le")} if len(text) >= 10 else set()
     aggregator.finish()
+    # What is looked for is what the run made, to the last bit.
+    report = json.loads((run_dir / "clients" / "alpha" / "report.json").read_text())
+    assert report["adapter_sha384"] == hashlib.sha384(aggregator.to_bytes()).hexdigest()
     needles.adapter = _runs_of(aggregator.state)
     return needles
 

@@ -146,7 +146,16 @@ def test_the_global_generator_is_left_alone(llama: FarSide) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"r": 0}, {"alpha": 0}, {"alpha": float("nan")}, {"dropout": 1.0}, {"dropout": -0.1}, {"targets": ()}]
+    "wrong",
+    [
+        {"r": 0},
+        {"alpha": 0},
+        {"alpha": float("nan")},
+        {"alpha": float("inf")},
+        {"dropout": 1.0},
+        {"dropout": -0.1},
+        {"targets": ()},
+    ],
 )
 def test_a_senseless_spec_is_refused(wrong: dict) -> None:
     with pytest.raises(AdapterError):

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save
@@ -225,3 +227,25 @@ def test_a_folder_that_is_not_there_or_cannot_be_made(tmp_path: Path, files: dic
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoreError, match="cannot be made"):
         save_peft(parse_peft_files(files), tmp_path / "file" / "folder")
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_configuration_gives_a_state_or_a_refusal(
+    files: dict[str, bytes], prefix_files: dict[str, bytes], data: st.DataObject
+) -> None:
+    chosen = data.draw(st.sampled_from([files, prefix_files]))
+    keys = st.sampled_from(sorted(json.loads(chosen[CONFIG_FILE])))
+    changes = data.draw(st.dictionaries(keys, _JSON, max_size=3))
+    try:
+        state = parse_peft_files(configured(chosen, **changes))
+    except (WireError, AdapterError):
+        return
+    assert peft_files(state)[WEIGHTS_FILE] == chosen[WEIGHTS_FILE]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cloister.adapters import LoraSpec, PrefixSpec
-from cloister.config import Job, parse_job
+from cloister.config import Job, job_to_toml, load_job, parse_job
 from cloister.errors import ConfigError
 
 RAW: dict[str, Any] = {
@@ -139,3 +140,20 @@ def test_the_hash_covers_the_method_and_not_the_accelerators():
     for change in ({"rounds": 9}, {"ring": "fast"}, {"pad": "lattice"}, {"bucket": 1}):
         assert job(method={**ENCLAVE, **change}).sha384 != base.sha384
     assert job(method=ENCLAVE, aggregation={"max_norm": 2.0}).sha384 != base.sha384
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {},
+        {"method": ENCLAVE},
+        {"method": ENCLAVE, "adapter": {"name": "prefix"}},
+        {"method": ENCLAVE, "aggregation": {"rule": "fedadam"}},
+        {"method": ENCLAVE, "aggregation": {"rule": "fedprox", "proximal_mu": 0.5}},
+    ],
+)
+def test_a_job_survives_toml(tables: dict[str, Any], tmp_path: Path):
+    one = parse_job({**RAW, **tables}, base=tmp_path)
+    for defaults in (True, False):
+        (tmp_path / "job.toml").write_text(job_to_toml(one, defaults=defaults))
+        assert load_job(tmp_path / "job.toml") == one

@@ -127,32 +127,67 @@ def test_stack_and_matrix_give_the_same() -> None:
     a, b = rng.normal(size=(3, 80)), rng.normal(size=(70, 3))
     updates = [(rng.normal(size=a.shape), rng.normal(size=b.shape)) for _ in range(4)]
     products = lora.LoraProducts(a, b, np.full(4, 0.25), lambda: iter(updates))
-    stack, dense = lora._of_stack(products), lora._of_dense(products, 3)
-    np.testing.assert_allclose(stack[1][:3], dense[1][:3], rtol=1e-9)
-    assert stack[3] == pytest.approx(dense[3])
+    stack, dense = lora._of_stack(products, 3), lora._of_dense(products, 3)
+    np.testing.assert_allclose(stack[1], dense[1], rtol=1e-9)
+    assert stack[3:] == pytest.approx(dense[3:])
 
 
-def test_an_iteration_without_a_gap_stops_and_tells_its_residual(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora, "_MAX_ITERATIONS", 2)
-    a, b = np.zeros((1, 60)), np.zeros((60, 1))
+def iterated(monkeypatch: pytest.MonkeyPatch, restarts: int = 10) -> None:
+    """Small enough to compare, and still by subspaces."""
+    monkeypatch.setattr(lora, "_SMALL", 0)
+    monkeypatch.setattr(lora, "_OVERSAMPLING", 1)
+    monkeypatch.setattr(lora, "_DEPTH", 3)
+    monkeypatch.setattr(lora, "_MAX_RESTARTS", restarts)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("drift", [1e-3, 1.0], ids=["alike", "apart"])
+def test_subspaces_find_what_an_svd_finds(monkeypatch: pytest.MonkeyPatch, seed: int, drift: float) -> None:
+    iterated(monkeypatch)
+    rng = Seeded(seed)
+    a, b = rng.normal(size=(2, 60)), rng.normal(size=(50, 2))
+    updates = [(drift * rng.normal(size=a.shape), drift * rng.normal(size=b.shape)) for _ in range(40)]
+    products = lora.LoraProducts(a, b, np.full(40, 1 / 40), lambda: iter(updates))
+    best, error = slow.best_of_rank(lora._sum(products), 2)
+    new_a, new_b, residual, _ = lora.refactor(products)
+    np.testing.assert_allclose(new_b @ new_a, best, atol=1e-4 * np.abs(best).max())
+    assert residual == pytest.approx(error, rel=1e-6, abs=1e-7)
+
+
+def test_without_a_gap_any_product_is_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    iterated(monkeypatch)
     # The identity: all singular values are the same, so any product of rank 1 is as good as any other.
     updates = [(np.eye(60)[i : i + 1], 60 * np.eye(60)[:, i : i + 1]) for i in range(60)]
-    products = lora.LoraProducts(a, b, np.full(60, 1 / 60), lambda: iter(updates))
+    products = lora.LoraProducts(np.zeros((1, 60)), np.zeros((60, 1)), np.full(60, 1 / 60), lambda: iter(updates))
     new_a, new_b, residual, norm = lora.refactor(products)
     assert residual == pytest.approx(np.linalg.norm(np.eye(60) - new_b @ new_a), rel=1e-6)
+    assert residual == pytest.approx(np.sqrt(59))
     assert norm == pytest.approx(np.sqrt(60))
 
 
-def test_an_iteration_that_has_not_settled_tells_its_residual(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora, "_MAX_ITERATIONS", 1)
+def test_what_has_not_settled_tells_its_own_residual(monkeypatch: pytest.MonkeyPatch) -> None:
+    iterated(monkeypatch, restarts=2)
+    monkeypatch.setattr(lora, "_DEPTH", 1)
     rng = Seeded(3)
-    a, b = rng.normal(size=(2, 60)), rng.normal(size=(60, 2))
-    updates = [(rng.normal(size=a.shape), rng.normal(size=b.shape)) for _ in range(40)]
-    products = lora.LoraProducts(a, b, np.full(40, 1 / 40), lambda: iter(updates))
+    updates = [(rng.normal(size=(2, 60)), rng.normal(size=(60, 2))) for _ in range(40)]
+    products = lora.LoraProducts(np.zeros((2, 60)), np.zeros((60, 2)), np.full(40, 1 / 40), lambda: iter(updates))
     matrix = lora._sum(products)
     new_a, new_b, residual, _ = lora.refactor(products)
     assert residual == pytest.approx(np.linalg.norm(matrix - new_b @ new_a), rel=1e-6)
     assert residual > slow.best_of_rank(matrix, 2)[1]
+
+
+def test_subspaces_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    iterated(monkeypatch)
+    products = lora.LoraProducts(np.ones((2, 60)), np.zeros((60, 2)), np.ones(40) / 40, lambda: iter(nothing()))
+    new_a, new_b, residual, norm = lora.refactor(products)
+    assert not new_b.any()
+    assert np.linalg.matrix_rank(new_a) == 2
+    assert (residual, norm) == (0, 0)
+
+
+def nothing() -> list[tuple[np.ndarray, np.ndarray]]:
+    return [(np.zeros((2, 60)), np.zeros((60, 2)))] * 40
 
 
 def test_with_a_frozen_a_the_mean_of_b_is_exact(tmp_path: Path) -> None:

@@ -10,7 +10,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
-from cloister.train._lora_kernel import _LowRank, accelerate_lora
+from cloister.offload import FrozenLinear, OffloadedGroup, OffloadSession
+from cloister.ring import FAITHFUL
+from cloister.testing import FakeAccelerator
+from cloister.train._lora_kernel import _Added, _LowRank, accelerate_lora
 
 
 class Two(nn.Module):
@@ -69,6 +72,43 @@ def test_gradients_by_finite_differences():
     for tensor in (x, a, b):
         tensor.requires_grad_()
     assert torch.autograd.gradcheck(lambda x, a, b: _LowRank.apply(x, w, bias, a, b, 0.7), (x, a, b))
+
+
+@pytest.mark.parametrize("input_grad", [False, True], ids=["first", "later"])
+def test_equals_peft_over_masked_layers(input_grad):
+    """Two that share a product, of which one output waits for its turn, and one that reads them."""
+    model = adapted()
+    model.third = adapted(seed=1).first
+    linears = [
+        FrozenLinear(name, lora.base_layer.weight, lora.base_layer.bias)
+        for name, lora in [("first", model.first), ("third", model.third), ("second", model.second)]
+    ]
+    model.forward = lambda x: model.second(torch.tanh(model.first(x) * model.third(x)))
+    with OffloadSession(FakeAccelerator(), FAITHFUL) as session:
+        model.first.base_layer, model.third.base_layer = OffloadedGroup(session, linears[:2]).members
+        (model.second.base_layer,) = OffloadedGroup(session, linears[2:]).members
+        x = torch.randn(2, 5, 6).requires_grad_(input_grad)
+        y, expected = gradients(model, x)
+        x_grad, x.grad = x.grad, None
+        assert accelerate_lora(model) == 3
+        fast_y, fast = gradients(model, x)
+        with torch.inference_mode():
+            torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(fast_y, y, rtol=1e-5, atol=1e-4)
+    assert fast.keys() == expected.keys()
+    assert len(fast) == 6
+    for name in expected:
+        torch.testing.assert_close(fast[name], expected[name], rtol=1e-3, atol=1e-3)
+    if input_grad:
+        torch.testing.assert_close(x.grad, x_grad, rtol=1e-3, atol=1e-3)
+
+
+def test_gradients_of_the_added_term_by_finite_differences():
+    y, x = torch.randn(3, 4).double(), torch.randn(3, 6).double()
+    a, b = torch.randn(2, 6).double(), torch.randn(4, 2).double()
+    for tensor in (y, x, a, b):
+        tensor.requires_grad_()
+    assert torch.autograd.gradcheck(lambda y, x, a, b: _Added.apply(y * 1, x, a, b, 0.7), (y, x, a, b))
 
 
 @pytest.mark.parametrize(
