@@ -6,7 +6,7 @@ it to another kind, 50 steps, once in plain float32 and once over masked layers 
 - Loss: the largest difference to plain float32 over the steps; the peers are the model in bf16 and under bf16 autocast.
 - Gradient: the relative error over all LoRA gradients against float64, at the same parameters, the median over steps;
   the same peers. "fp32" is the error of plain float32 itself.
-- What the accelerator saw: every test of bench/_statistics.py for every layer and direction, over at least 10^8 bytes;
+- What the accelerator saw: every test of bench/_uniformity.py for every layer and direction, over at least 10^8 bytes;
   ours is the p of all tests together, the peer the smallest one that is accepted.
 - CPU time of a step, enclave and accelerator together, one thread each, against a plain float32 step; in pairs.
 
@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from bench._common import load_average, out_path, row, write_csv
 from bench._masked import MODES, Masked, one_thread
-from bench._statistics import SeenStatistics
+from bench._uniformity import SeenStatistics
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM

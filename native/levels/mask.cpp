@@ -84,15 +84,16 @@ bool mask(const float *x, const float *fold, double room, const uint8_t *r, Ring
   for (size_t t = 0; t < tokens; ++t) {
     const double norm = norm_of(x + t * d, fold, d);
     is_finite &= norm <= __DBL_MAX__;  // NaN compares as false
-    scales[t] = norm / room + one_if_zero(norm);
+    scales[t] = norm / room;  // 0 for a row of zeros: its output is 0, whatever rounding a pad adds
   }
   for (size_t t = 0; t < tokens && is_finite; ++t) {
     uint64_t sum = 0;
+    const double divisor = scales[t] + one_if_zero(scales[t]);
     for (size_t i = 0; i < d; i += block) {
       int32_t x_q[block];
       const size_t n = d - i < block ? d - i : block;
       const size_t at = t * d + i;
-      sum += quantize(x + at, fold == nullptr ? fold : fold + i, scales[t], v + i, n, x_q);
+      sum += quantize(x + at, fold == nullptr ? fold : fold + i, divisor, v + i, n, x_q);
       (ring == Ring::faithful ? add_pad_faithful : add_pad_fast)(x_q, r + at, stride, n, planes + at);
     }
     sums[t] = sum;

@@ -48,8 +48,8 @@ def mask(
     if not all(math.isfinite(value) for row in rows for value in row):
         return None
     norms = [norm(row) for row in rows]
-    scales = [n / room if n else 1.0 for n in norms]
-    x_q = [[round(value / scale) for value in row] for row, scale in zip(rows, scales, strict=True)]
+    scales = [n / room for n in norms]
+    x_q = [[round(value / (scale or 1.0)) for value in row] for row, scale in zip(rows, scales, strict=True)]
     sums = [sum(a * b for a, b in zip(v, row, strict=True)) % U64 for row in x_q]
     name = NAMES[code]
     planes: list[list[list[int]]] = [[[] for _ in x] for _ in r]

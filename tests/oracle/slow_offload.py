@@ -37,8 +37,8 @@ def norm(row: list[float]) -> float:
 def quantize(row: list[float], divisor: float) -> tuple[list[int], float]:
     """x_q and the scale of a row of binary32 numbers. round() of a float is to even."""
     length = norm(row)
-    scale = 1.0 if length == 0 else length / divisor
-    return [round(x / scale) for x in row], scale
+    scale = length / divisor
+    return [round(x / (scale or 1.0)) for x in row], scale
 
 
 def layer(w: ring.Matrix, rows: Rows, name: str, head_room: float = 1.0) -> list[tuple[list[int], float]]:

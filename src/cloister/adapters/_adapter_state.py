@@ -18,7 +18,7 @@ from safetensors.numpy import save as save_safetensors
 
 from cloister import wire
 from cloister.adapters._spec import LABEL, StateSpec
-from cloister.errors import LimitExceededError, MalformedMessageError, StateMismatchError
+from cloister.errors import MalformedMessageError, StateMismatchError
 
 Array = Float32[np.ndarray, "..."]
 
@@ -66,8 +66,6 @@ class AdapterState:
             StateMismatchError: of another spec, or a tensor is missing, unknown, of another shape or type, or not
                 finite; names it.
         """
-        if len(blob) > spec.n_bytes:
-            raise LimitExceededError(f"an adapter state of {len(blob)} bytes is over the limit of {spec.n_bytes}")
         label, digest, body = wire.dec(blob, 3, max_bytes=spec.n_bytes)
         if label != LABEL + b" " + cls.KIND:
             raise MalformedMessageError(f"not an encoded adapter {cls.KIND.decode()}")

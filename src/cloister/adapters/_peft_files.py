@@ -133,9 +133,13 @@ class _Fields:
         self._config = config
 
     def number(self, key: str, kinds: type | tuple[type, ...] = int) -> Any:
-        value = self._config.get(key)
+        value: Any = self._config.get(key)
         # Whole numbers beyond 2^31 are none of ours, and one beyond 2^1024 is no float.
-        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool) or not abs(value) < 1 << 31:
+        if (
+            not isinstance(value, kinds)
+            or (isinstance(value, bool) and kinds is not bool)
+            or not -(1 << 31) < value < 1 << 31
+        ):
             raise MalformedMessageError(f"{CONFIG_FILE} has no usable {key}")
         return value
 

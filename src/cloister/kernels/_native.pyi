@@ -35,7 +35,7 @@ def mask(
 ) -> bool:  # fmt: skip
     """Quantise rows (spec/pad.md section 2.2) and add their pad. All is *secret* but `planes`, which is *masked*.
 
-    s = ||x * fold|| / room for each token, 1 for a row of zeros, and x_q = rint(x * fold / s): `room` is the norm of
+    s = ||x * fold|| / room for each token, 0 for a row of zeros, and x_q = rint(x * fold / s): `room` is the norm of
     what is rounded, as in `quantize_rows`.
 
     Args:

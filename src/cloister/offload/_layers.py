@@ -78,7 +78,7 @@ class Side:
             scales: *secret*, the tokens' scales that it was quantised with.
         """
         folded = x if self.fold is None else x * self.fold
-        x_q = np.rint(folded.astype(np.float64) / scales[:, None])
+        x_q = np.rint(folded.astype(np.float64) / np.where(scales == 0, 1.0, scales)[:, None])
         wide = w_q.astype(np.float64)
         return x_q @ (wide.T if self.direction is Direction.FORWARD else wide)
 

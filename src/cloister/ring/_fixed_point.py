@@ -74,7 +74,7 @@ def quantize_rows(
             beyond sqrt(d)/h of its standard deviations. The caller must detect it and compute that layer inside.
 
     Returns:
-        x_q and the scale of each token, both *secret*. A row of zeros has the scale 1.
+        x_q and the scale of each token, both *secret*. A row of zeros has the scale 0.
 
     Raises:
         RingOverflowError: x holds NaN or infinite values (only the number of tokens is told), or `limit` leaves fewer
@@ -89,8 +89,8 @@ def quantize_rows(
         raise RingOverflowError(f"a batch of {tokens} tokens holds NaN or infinite values")
     norm = exact.square().sum(dim=1).sqrt()
     scale = norm / room
-    scale = torch.where(norm == 0, 1.0, scale)
-    return torch.round(exact / scale.unsqueeze(1)).to(torch.int64), scale
+    divisor = torch.where(norm == 0, 1.0, scale)
+    return torch.round(exact / divisor.unsqueeze(1)).to(torch.int64), scale
 
 
 def dequantize(

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 import torch
-from bench._statistics import SeenStatistics
+from bench._uniformity import SeenStatistics
 from tests.adversary.offload._sessions import N_IN, N_OUT, TOKENS, FakeHelper, draw, session_with, weight
 
 from cloister.errors import AcceleratorLostError, OffloadError, RingOverflowError

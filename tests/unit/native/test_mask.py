@@ -110,7 +110,7 @@ def test_rows_of_zeros_are_their_pads(ring: int, features: int) -> None:
     x[2] = -0.0
     r, v = data.pads(1, x.shape, ring), data.integers(1, (features,), np.uint64)
     found, planes, scales, sums = mask(x, None, 100.0, r, ring, v)
-    assert found and scales[[0, 2]].tolist() == [1.0, 1.0] and sums[[0, 2]].tolist() == [0, 0]
+    assert found and scales[[0, 2]].tolist() == [0.0, 0.0] and sums[[0, 2]].tolist() == [0, 0]
     pads = np.empty((len(r), 3 * features), np.int8)
     _native.encode_pad(r.reshape(len(r), -1), ring, pads)
     assert np.array_equal(planes[:, [0, 2]], pads.reshape(r.shape)[:, [0, 2]])
@@ -140,4 +140,4 @@ def test_no_tokens_and_no_features(ring: int) -> None:
     for shape in ((0, 5), (2, 0), (0, 0)):
         r = data.pads(5, shape, ring)
         found, _, scales, sums = mask(np.zeros(shape, np.float32), None, 10.0, r, ring, np.ones(shape[1], np.uint64))
-        assert found and scales.tolist() == [1.0] * shape[0] and sums.tolist() == [0] * shape[0]
+        assert found and scales.tolist() == [0.0] * shape[0] and sums.tolist() == [0] * shape[0]
