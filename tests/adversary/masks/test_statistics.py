@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 import torch
-from bench._statistics import SeenStatistics, chi_square_sf, p_of_counts, p_of_normal, residues_of
+from bench._uniformity import SeenStatistics, chi_square_sf, p_of_counts, p_of_normal, residues_of
 from tests.adversary.masks._seen import KINDS, Kind, Session, encode_with, limit_of, public_table
 
 from cloister.pad import Direction
