@@ -1,7 +1,7 @@
 """kill -9 of every process of a run, once during upload and once during training: the same final metric, nothing twice.
 
-Real Flower, real sockets. One run takes all the kills of a phase, one after the other, each once its victim has done
-something since the last.
+Real Flower, real sockets. One run takes all the kills, one after the other, each once its victim has done something
+since the last.
 """
 
 from __future__ import annotations
@@ -26,51 +26,41 @@ VICTIMS = ("client/alpha", "clientapp-alpha", "serverapp", "supernode-beta", "su
 
 @dataclass
 class Killer:
-    """Kills each victim once while `phase` goes on."""
+    """Kills each phase's victims once while the phase goes on."""
 
-    phase: str
-    victims: list[str]
-    killed: list[tuple[str, int]] = field(default_factory=list)
+    victims: dict[str, list[str]]
+    killed: list[tuple[str, str, int]] = field(default_factory=list)
     not_before: float = 0.0
 
     def __call__(self, launch: Launch) -> None:
-        if launch.phase != f"{self.phase}/begin" or not self.victims or time.monotonic() < self.not_before:
+        phase = launch.phase.removesuffix("/begin")
+        waiting = self.victims.get(phase)
+        if not waiting or not launch.phase.endswith("/begin") or time.monotonic() < self.not_before:
             return
         pids = launch.pids()
-        for victim in self.victims:
+        for victim in waiting:
             if pids.get(victim):
                 os.kill(pids[victim][0], signal.SIGKILL)
-                self.killed.append((victim, pids[victim][0]))
-                self.victims.remove(victim)
+                self.killed.append((phase, victim, pids[victim][0]))
+                waiting.remove(victim)
                 self.not_before = time.monotonic() + 1.0
                 return
 
 
-@pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_job(tmp_path_factory.mktemp("job"), n_train=400, n_test=40, training=TRAINING, sections=SECTIONS)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(job: Path, tmp_path_factory: pytest.TempPathFactory):
-    return run(job, runs_dir=tmp_path_factory.mktemp("runs"), programs=Programs(relay=FakeRelay))
-
-
 @pytest.mark.slow
-@pytest.mark.xdist_group("kill")
-@pytest.mark.parametrize("phase", ["prepare", "train"])
-def test_kill_everything_once(phase: str, job: Path, undisturbed, tmp_path: Path):
+def test_kill_everything_once_in_each_phase(tmp_path: Path):
+    job = write_tiny_job(tmp_path, n_train=400, n_test=40, training=TRAINING, sections=SECTIONS)
+    undisturbed = run(job, runs_dir=tmp_path / "undisturbed", programs=Programs(relay=FakeRelay))
     # While the enclave trains no message is under way, so there is no ClientApp to kill then.
-    victims = [v for v in VICTIMS if phase == "prepare" or not v.startswith("clientapp")]
-    killer = Killer(phase, list(victims))
+    victims = {"prepare": list(VICTIMS), "train": [v for v in VICTIMS if not v.startswith("clientapp")]}
+    expected = {(phase, name) for phase, names in victims.items() for name in names}
+    killer = Killer(victims)
     events: list[dict] = []
-    result = run(job, runs_dir=tmp_path, on_tick=killer, on_event=events.append)
-    assert {name for name, _ in killer.killed} == set(victims), (
-        f"the {phase} phase was over too soon for {killer.victims}"
-    )
-    assert sum(event["event"] == "restart" for event in events) >= len(victims)
+    result = run(job, runs_dir=tmp_path / "runs", on_tick=killer, on_event=events.append)
+    assert {(phase, name) for phase, name, _ in killer.killed} == expected, f"too soon over for {killer.victims}"
+    assert sum(event["event"] == "restart" for event in events) >= len(expected)
     assert result.metric == undisturbed.metric
     assert result.result["losses"] == undisturbed.result["losses"]
     assert result.result["n_examples"] == undisturbed.result["n_examples"]
-    for _, pid in killer.killed:
+    for _, _, pid in killer.killed:
         assert not Path(f"/proc/{pid}").exists()

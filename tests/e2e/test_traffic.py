@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests._search import kinds_in
 
 from cloister import run
 from cloister.api import Programs
@@ -88,8 +89,7 @@ class Needles:
     keys: list[bytes] = field(default_factory=list)
 
     def kinds_in(self, haystack: list[bytes]) -> set[str]:
-        return {kind for kind in ("text", "tokens", "features", "keys")
-                for needle in getattr(self, kind) if any(needle in hay for hay in haystack)}  # fmt: skip
+        return kinds_in(vars(self), haystack)
 
 
 def _needles(job: Path, run_dir: Path) -> Needles:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests._search import kinds_in
 
 from cloister import run
 from cloister.adapters import AdapterState, AdapterUpdate
@@ -70,7 +71,7 @@ class Needles:
     text: set[bytes] = field(default_factory=set)
 
     def kinds_in(self, haystack: list[bytes]) -> set[str]:
-        return {kind for kind in vars(self) for needle in vars(self)[kind] if any(needle in hay for hay in haystack)}
+        return kinds_in(vars(self), haystack)
 
 
 def _runs_of(state: AdapterState) -> set[bytes]:
