@@ -58,7 +58,7 @@ bench-report: $(STAMP)
 lock:  ## resolve every dependency anew; then read the difference and run the tests
 	$(PYTHON) -m venv .lock
 	.lock/bin/python -m pip install --quiet torch==2.13.0
-	.lock/bin/python -m pip install --quiet ".[quickstart,s3,dp]"
+	.lock/bin/python -m pip install --quiet ".[quickstart,s3,dp,evaluate]"
 	sed -i '/^torch==/q' src/cloister/constraints.txt
 	.lock/bin/python -m pip freeze --exclude torch --exclude cloister >> src/cloister/constraints.txt
 	.lock/bin/python -m pip install --quiet --constraint constraints.txt ".[dev]"
