@@ -110,7 +110,7 @@ def load_adapter_state(model: PeftModel, state: AdapterState) -> None:
 def _with_lora(model: PreTrainedModel, spec: LoraSpec, task: Task, seed: int) -> PeftModel:
     from peft import LoraConfig, get_peft_model
 
-    path, blocks = _blocks(model)
+    path, blocks = blocks_of(model)
     linears = linears_of(blocks)
     names = chosen_linears(linears, spec.targets)
     config = LoraConfig(
@@ -130,7 +130,7 @@ def _with_lora(model: PreTrainedModel, spec: LoraSpec, task: Task, seed: int) ->
 def _with_prefix(model: PreTrainedModel, spec: PrefixSpec, task: Task) -> PeftModel:
     from peft import PrefixTuningConfig, get_peft_model
 
-    linears_of(_blocks(model)[1])  # refuses an adapter that is there already
+    linears_of(blocks_of(model)[1])  # refuses an adapter that is there already
     config = PrefixTuningConfig(
         task_type=PEFT_TASKS[task],
         num_virtual_tokens=spec.n_tokens,
@@ -140,10 +140,15 @@ def _with_prefix(model: PreTrainedModel, spec: PrefixSpec, task: Task) -> PeftMo
     return cast("PeftModel", get_peft_model(model, config))
 
 
-def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and list of a transformers model's blocks.
+
+    Raises:
+        UnsupportedLayerError: there is no list of as many modules as its configuration says.
+    """
     from torch import nn
 
-    n_layers = getattr(model.config, "num_hidden_layers", None)
+    n_layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
             return path, module

@@ -50,7 +50,7 @@ def server_plan(job: Job, folder: RunFolder, policy: Policy, node_keys: dict[str
         policy=policy,
         task=job.task_spec(is_encoder=_is_encoder(folder)),
         train=job.train_spec(),
-        lora=job.lora_spec(),
+        adapter=job.far_adapter_spec(),
         model=model_plan(job, folder),
         node_keys=node_keys,
         baselines=job.evaluation.baselines if job.task.name == "sequence-classification" else (),
@@ -151,5 +151,6 @@ def enclave_client_plan(
             bucket=job.method.bucket,
             pool_bytes=job.method.pool_bytes,
         ),
+        dp_sgd=job.dp_sgd_spec(),
         live_metrics=job.release.live_metrics,
     )

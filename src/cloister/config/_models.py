@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator
 
 if TYPE_CHECKING:
-    from cloister.adapters import AdapterSpec, LoraSpec
-    from cloister.train import Columns, TaskSpec, TrainSpec
+    from cloister.adapters import AdapterSpec, FarAdapterSpec, LoraSpec, SpfSpec
+    from cloister.train import Columns, DpSgdSpec, TaskSpec, TrainSpec
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,31}$"
 """A client's name: it becomes a file name, a process name and a field of every record header."""
@@ -67,9 +68,9 @@ class MethodConfig(_Section):
 
 
 class AdapterConfig(_Section):
-    """`[adapter]`: the trained parameters: LoRA, or in Method 1 the prefix of P-tuning v2 (each with its own keys)."""
+    """`[adapter]`: the trained parameters: LoRA, in Method 1 the prefix of P-tuning v2, in Method 2 SPF with LoRA."""
 
-    name: Literal["lora", "prefix"] = "lora"
+    name: Literal["lora", "prefix", "spf"] = "lora"
     r: Annotated[Int, Field(ge=1, le=1024)] = 8
     alpha: Annotated[Float, Field(gt=0)] = 16
     dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.0
@@ -80,6 +81,11 @@ class AdapterConfig(_Section):
     n_tokens: Annotated[Int, Field(ge=1, le=4096)] = 16
     projection: Bool = False
     hidden_size: Annotated[Int, Field(ge=1, le=65_536)] | None = None
+    # spf
+    heads: Annotated[Float, Field(ge=0, le=1)] = 0.5
+    neurons: Annotated[Float, Field(ge=0, le=1)] = 0.5
+    criterion: Literal["l1", "gradient", "fisher", "random"] = "l1"
+    criterion_examples: Annotated[Int, Field(ge=1)] = 256
 
     # Unions are checked by hand: pydantic reports one error for each branch, which reads as several problems.
     @field_validator("targets", mode="before")
@@ -89,6 +95,17 @@ class AdapterConfig(_Section):
         if value != "all-linear" and not names:
             raise ValueError('must be "all-linear" or a list of layer names')
         return value
+
+
+class PrivacyConfig(_Section):
+    """`[training.privacy]`: of each training example, by DP-SGD in the client's enclave.
+
+    `[aggregation.privacy]`: of whole clients. Both need the extra `dp`.
+    """
+
+    clip_norm: Annotated[Float, Field(gt=0)]
+    noise_multiplier: Annotated[Float, Field(ge=0.01)]
+    delta: Annotated[Float, Field(gt=0, lt=1)]
 
 
 class TrainingConfig(_Section):
@@ -105,14 +122,12 @@ class TrainingConfig(_Section):
     seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
     checkpoint_every_steps: Annotated[Int, Field(ge=1)] = 50
     max_steps: Annotated[Int, Field(ge=1)] | None = None
-
-
-class PrivacyConfig(_Section):
-    """`[aggregation.privacy]`: differential privacy of whole clients; needs the extra `dp`."""
-
-    clip_norm: Annotated[Float, Field(gt=0)]
-    noise_multiplier: Annotated[Float, Field(ge=0.01)]
-    delta: Annotated[Float, Field(gt=0, lt=1)]
+    # split
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    patience: Annotated[Int, Field(ge=1, le=100_000)] | None = None
+    held_out: Annotated[Float, Field(gt=0, le=0.5)] = 0.1
+    # enclave
+    privacy: PrivacyConfig | None = None
 
 
 class AggregationConfig(_Section):
@@ -337,13 +352,31 @@ class Job(_Section):
 
         weights = tuple((client.name, client.weight) for client in self.clients)
         weighted = any(weight != 1.0 for _, weight in weights)
-        return TrainSpec(**self.training.model_dump(), client_weights=weights if weighted else None)
+        given = self.training.model_dump(exclude={"privacy"})
+        return TrainSpec(**given, client_weights=weights if weighted else None)
+
+    def dp_sgd_spec(self) -> DpSgdSpec | None:
+        """DP-SGD as `train` takes it; None without."""
+        from cloister.train import DpSgdSpec
+
+        given = self.training.privacy
+        return given and DpSgdSpec(given.noise_multiplier, given.clip_norm, given.delta)
 
     def lora_spec(self) -> LoraSpec:
-        """Method 2's adapter as `adapters` takes it."""
+        """LoRA as `adapters` takes it."""
         from cloister.adapters import LoraSpec
 
-        return LoraSpec(**self.adapter.model_dump(exclude={"name", "n_tokens", "projection", "hidden_size"}))
+        return LoraSpec(**self._adapter_keys(LoraSpec))
+
+    def far_adapter_spec(self) -> FarAdapterSpec:
+        """Method 2's adapter as `adapters` takes it."""
+        from cloister.adapters import SpfSpec
+
+        return SpfSpec(**self._adapter_keys(SpfSpec)) if self.adapter.name == "spf" else self.lora_spec()
+
+    def _adapter_keys(self, spec: type[LoraSpec | SpfSpec]) -> dict[str, Any]:
+        """The keys of `[adapter]` that a spec has; they have its names."""
+        return self.adapter.model_dump(include={field.name for field in fields(spec)})
 
     def adapter_spec(self) -> AdapterSpec:
         """Method 1's adapter as `adapters` takes it."""

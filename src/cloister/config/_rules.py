@@ -23,7 +23,10 @@ def rule_problems(raw: Mapping[str, Any]) -> list[Problem]:
         *_model_path(raw),
         *_keys_of_the_other_method(raw),
         *_keys_of_the_other_adapter(raw),
+        *_spf(raw),
         *_keys_of_clients(raw),
+        *_early_stopping(raw),
+        *_dp_sgd(raw),
         *_aggregation(raw),
     ]
 
@@ -34,17 +37,30 @@ _OF_METHOD = {
         "method.boundary",
         "method.near_batch_size",
         "training.checkpoint_every_steps",
+        "training.precision",
+        "training.patience",
+        "training.held_out",
         "evaluation.baselines",
         "store.url",
         "store.shard_max_bytes",
         "store.options",
     ),
-    "enclave": ("method.rounds", "method.ring", "method.pad", "method.bucket", "method.pool_bytes", "adapter.freeze_a"),
+    "enclave": (
+        "method.rounds",
+        "method.ring",
+        "method.pad",
+        "method.bucket",
+        "method.pool_bytes",
+        "adapter.freeze_a",
+        "training.privacy",
+    ),
 }
 _OF_ADAPTER = {
     "lora": ("r", "alpha", "dropout", "targets", "use_rslora", "freeze_a"),
     "prefix": ("n_tokens", "projection", "hidden_size"),
+    "spf": ("heads", "neurons", "criterion", "criterion_examples", "r", "alpha", "dropout", "use_rslora"),
 }
+_LOOKS_AT_NO_EXAMPLES = ("l1", "random")
 
 
 _OF_RULE = {
@@ -146,18 +162,44 @@ def _keys_of_the_other_method(raw: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem("aggregation", 'belongs to the method "enclave"', "remove the section")
         if _table(raw, "adapter").get("name") == "prefix":
             yield Problem("adapter.name", 'a prefix needs the method "enclave"', 'use "lora"')
-    elif method == "enclave" and _table(raw, "release").get("what") == "weights":
-        yield Problem("release.what", 'belongs to the method "split"', 'use "adapter"')
+    elif method == "enclave":
+        if _table(raw, "release").get("what") == "weights":
+            yield Problem("release.what", 'belongs to the method "split"', 'use "adapter"')
+        if _table(raw, "adapter").get("name") == "spf":
+            yield Problem("adapter.name", 'SPF needs the method "split"', 'use "lora"')
 
 
 def _keys_of_the_other_adapter(raw: Mapping[str, Any]) -> Iterator[Problem]:
     adapter = _table(raw, "adapter")
     kind = adapter.get("name", "lora")
-    for owner, keys in _OF_ADAPTER.items():
-        if kind in _OF_ADAPTER and owner != kind:
-            for key in keys:
-                if key in adapter:
-                    yield Problem(f"adapter.{key}", f'belongs to the adapter "{owner}"', "remove it")
+    if kind not in _OF_ADAPTER:
+        return
+    for key, owners in _keys_of_others(_OF_ADAPTER, kind).items():
+        if key in adapter:
+            named = " and ".join(f'"{owner}"' for owner in owners)
+            yield Problem(f"adapter.{key}", f"belongs to the adapter {named}", "remove it")
+
+
+def _keys_of_others(keys_of: Mapping[str, tuple[str, ...]], kind: str) -> dict[str, list[str]]:
+    """The keys that this kind does not have, and whose they are."""
+    found: dict[str, list[str]] = {}
+    for owner, keys in keys_of.items():
+        for key in keys:
+            if key not in keys_of.get(kind, ()):
+                found.setdefault(key, []).append(owner)
+    return found
+
+
+def _spf(raw: Mapping[str, Any]) -> Iterator[Problem]:
+    adapter = _table(raw, "adapter")
+    if adapter.get("name") != "spf":
+        return
+    criterion = adapter.get("criterion", "l1")
+    if criterion in _LOOKS_AT_NO_EXAMPLES and "criterion_examples" in adapter:
+        cause = f'the criterion "{criterion}" looks at no examples'
+        yield Problem("adapter.criterion_examples", cause, 'remove it, or use "gradient" or "fisher"')
+    if adapter.get("heads") == adapter.get("neurons") == 0:
+        yield Problem("adapter.heads", "heads and neurons are both 0: nothing is selected", "raise one of them")
 
 
 def _keys_of_clients(raw: Mapping[str, Any]) -> Iterator[Problem]:
@@ -165,6 +207,30 @@ def _keys_of_clients(raw: Mapping[str, Any]) -> Iterator[Problem]:
     for i, client in enumerate(_clients(raw)):
         if key in client:
             yield Problem(f"clients[{i}].{key}", f'belongs to the method "{owner}"', "remove it")
+
+
+def _early_stopping(raw: Mapping[str, Any]) -> Iterator[Problem]:
+    training = _table(raw, "training")
+    if "held_out" in training and "patience" not in training and _method(raw) == "split":
+        yield Problem("training.held_out", "does nothing without training.patience", "set patience, or remove it")
+
+
+_NOT_WITH_DP_SGD = {
+    "max_grad_norm": "DP-SGD clips each example's gradient, to training.privacy.clip_norm",
+    "grad_accumulation": "DP-SGD takes each batch whole, of training.batch_size examples on average",
+}
+
+
+def _dp_sgd(raw: Mapping[str, Any]) -> Iterator[Problem]:
+    """What `[training.privacy]` leaves without effect, or cannot bound."""
+    training = _table(raw, "training")
+    if training.get("privacy") is None:
+        return
+    for key, why in _NOT_WITH_DP_SGD.items():
+        if key in training:
+            yield Problem(f"training.{key}", why, "remove it")
+    if _table(raw, "aggregation").get("rule") == "fedprox":
+        yield Problem("training.privacy", "fedprox adds to every gradient what DP-SGD has no place for", 'use "fedavg"')
 
 
 def _aggregation(raw: Mapping[str, Any]) -> Iterator[Problem]:
@@ -201,8 +267,14 @@ def drop_keys_of_others(raw: dict[str, Any]) -> None:
         for section, _, name in (key.partition(".") for key in keys if owner != method):
             raw.get(section, {}).pop(name, None)
     for given, kind, owners in ((adapter, adapter["name"], _OF_ADAPTER), (aggregation, aggregation["rule"], _OF_RULE)):
-        for key in (key for owner, keys in owners.items() if owner != kind for key in keys):
+        for key in _keys_of_others(owners, kind):
             given.pop(key, None)
+    if adapter.get("criterion") in _LOOKS_AT_NO_EXAMPLES:
+        adapter.pop("criterion_examples", None)
+    if "patience" not in raw["training"]:
+        raw["training"].pop("held_out", None)
+    for key in _NOT_WITH_DP_SGD if "privacy" in raw["training"] else ():
+        raw["training"].pop(key, None)
     if method == "split":
         del raw["aggregation"]
     for client in raw["clients"]:

@@ -35,6 +35,7 @@ path = "./model"                    # a folder that transformers loads, a hub na
 # dropout = 0.0
 # targets = "all-linear"            # or a list such as ["query", "value"]
 # use_rslora = false
+                                    # "spf": rows of attention heads and neurons train, with LoRA: see docs/job.md
 
 [training]
 # epochs = 3
@@ -48,6 +49,9 @@ path = "./model"                    # a folder that transformers loads, a hub na
 # seed = 0
 # checkpoint_every_steps = 50
 # max_steps = 1000                  # stop earlier than `epochs` says
+# precision = "fp32"                # "bf16" is faster on processors that compute in it; "auto" takes it there
+# patience = 2                      # stop after so many epochs without a lower loss on held-out training examples
+# held_out = 0.1                    # only with patience: share of each client's training examples
 
 [evaluation]
 # baselines = ["majority"]          # also "linear-head" and "alone" (each client's own model); they cost time

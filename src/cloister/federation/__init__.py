@@ -1,7 +1,8 @@
 """A run over many parties: the state machine of server enclave and clients, and Flower as the untrusted relay.
 
 The only package that imports Flower, and only in its relay and couriers: what runs inside an enclave (`ServerRun`) or
-over an institution's text (`ClientRun`) never loads it. What the methods do not share is in `_split`.
+over an institution's text (`ClientRun`) never loads it. What the methods do not share is in `_split` and `_enclave`;
+what `cloister compare` compares them with, unprotected, in `_insecure_peer`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from cloister.federation._client import ClientRun, ClientWork, ServerLink
     from cloister.federation._enclave.client import AdapterWork, LocalModel, read_adapter
     from cloister.federation._enclave.server import EnclaveServer
+    from cloister.federation._insecure_peer.central import ask_insecure_model, train_insecure_central
+    from cloister.federation._insecure_peer.job import InsecurePeerJob
+    from cloister.federation._insecure_peer.processes import run_insecure_peer
     from cloister.federation._keys import (
         generate_node_key,
         load_node_key,
@@ -51,6 +55,7 @@ _HOME = {
     "EnclaveClientPlan": "_plan",
     "EnclaveServer": "_enclave.server",
     "EnclaveServerPlan": "_plan",
+    "InsecurePeerJob": "_insecure_peer.job",
     "LocalModel": "_enclave.client",
     "MaskPlan": "_plan",
     "ModelPlan": "_plan",
@@ -64,11 +69,14 @@ _HOME = {
     "SplitClientPlan": "_plan",
     "SplitServer": "_split.server",
     "SplitServerPlan": "_plan",
+    "ask_insecure_model": "_insecure_peer.central",
     "generate_node_key": "_keys",
     "load_node_key": "_keys",
     "read_adapter": "_enclave.client",
     "read_node_key": "_keys",
     "register_node_key": "_keys",
+    "run_insecure_peer": "_insecure_peer.processes",
+    "train_insecure_central": "_insecure_peer.central",
     "write_node_key": "_keys",
 }
 
@@ -84,6 +92,7 @@ __all__ = [
     "EnclaveClientPlan",
     "EnclaveServer",
     "EnclaveServerPlan",
+    "InsecurePeerJob",
     "LocalModel",
     "MaskPlan",
     "ModelPlan",
@@ -97,11 +106,14 @@ __all__ = [
     "SplitClientPlan",
     "SplitServer",
     "SplitServerPlan",
+    "ask_insecure_model",
     "generate_node_key",
     "load_node_key",
     "read_adapter",
     "read_node_key",
     "register_node_key",
+    "run_insecure_peer",
+    "train_insecure_central",
     "write_node_key",
 ]
 

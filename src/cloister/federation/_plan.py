@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cloister.adapters import AdapterSpec, LoraSpec
+    from cloister.adapters import AdapterSpec, FarAdapterSpec
     from cloister.attest import Policy
     from cloister.federation._aggregate_spec import AggregationSpec
     from cloister.pad import PadMode
-    from cloister.train import Dataset, TaskSpec, TrainSpec
+    from cloister.train import Dataset, DpSgdSpec, TaskSpec, TrainSpec
     from cloister.wire import Boundary
 
 
@@ -64,11 +64,12 @@ class SplitServerPlan(ServerPlan):
     """What the server enclave needs for Method 2 on top.
 
     Attributes:
+        adapter: what the far side is tuned with.
         baselines: what the tuned model is compared with.
         memory_budget_bytes: for the features that it keeps in memory.
     """
 
-    lora: LoraSpec
+    adapter: FarAdapterSpec
     model: ModelPlan
     baselines: tuple[str, ...]
     memory_budget_bytes: int
@@ -150,6 +151,7 @@ class EnclaveClientPlan(ClientPlan):
         train: one round's steps, rates and seed.
         proximal_mu: of FedProx; 0 for none.
         mask: how the frozen linears are offloaded.
+        dp_sgd: differential privacy of each training example; None for none.
     """
 
     adapter: AdapterSpec
@@ -157,4 +159,5 @@ class EnclaveClientPlan(ClientPlan):
     train: TrainSpec
     proximal_mu: float
     mask: MaskPlan
+    dp_sgd: DpSgdSpec | None = None
     live_metrics: bool = True

@@ -11,6 +11,7 @@ from cloister._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from cloister.offload._accelerator import Accelerator, AcceleratorCall
+    from cloister.offload._address import parse_address
     from cloister.offload._awaited import AwaitedAccelerator, accelerator_port
     from cloister.offload._client import Timeouts
     from cloister.offload._helper import RemotePadHelper
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from cloister.offload._local import LocalAccelerator
     from cloister.offload._probe import KernelCosts, least_seconds, measure_kernels
     from cloister.offload._process import dial_accelerator, serve_accelerator
+    from cloister.offload._real_rows import only_real_rows
     from cloister.offload._remote import RemoteAccelerator
     from cloister.offload._session import OffloadSession
 
@@ -40,6 +42,8 @@ _HOME = {
     "dial_accelerator": "_process",
     "least_seconds": "_probe",
     "measure_kernels": "_probe",
+    "only_real_rows": "_real_rows",
+    "parse_address": "_address",
     "read_helper_key": "_helper_link",
     "serve_accelerator": "_process",
     "serve_pad_helper": "_helper_server",
@@ -62,6 +66,8 @@ __all__ = [
     "dial_accelerator",
     "least_seconds",
     "measure_kernels",
+    "only_real_rows",
+    "parse_address",
     "read_helper_key",
     "serve_accelerator",
     "serve_pad_helper",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from cloister.errors import OffloadError
+from cloister.offload._real_rows import RealRows, real_rows_of
 from cloister.ring import quantize_weight
 
 if TYPE_CHECKING:
@@ -68,9 +69,10 @@ class OffloadedGroup:
     """Linears that are given the very same tensor, as one layer of a session.
 
     The first member that is called with a tensor computes the outputs of all, which wait for the others until they
-    are called with that tensor too: the same object, not changed in between, in the same gradient mode. Anything else
-    is computed anew, which is always right and only costs more. What waits is *secret*, and is let go once all members
-    have taken theirs, another tensor comes, or gradients are computed.
+    are called with that tensor too: the same object, not changed in between, in the same gradient mode and with the
+    same real rows (`only_real_rows`). Anything else is computed anew, which is always right and only costs more.
+    What waits is *secret*, and is let go once all members have taken theirs, another tensor comes, or gradients are
+    computed.
 
     Args:
         session: that multiplies.
@@ -104,25 +106,31 @@ class OffloadedGroup:
         waiting = self._waiting
         taken = None if waiting is None else waiting.take(index, x)
         if taken is None:
-            outputs = dict(enumerate(_apply(x, self)))
+            outputs = dict(enumerate(_apply(x, self, real_rows_of(x))))
             taken = outputs.pop(index)
             # In inference mode torch does not count changes of a tensor, so it is not known to be the same later.
             waiting = None if x.is_inference() else _Waiting(x, outputs)
         self._waiting = waiting if waiting is not None and waiting.outputs else None
         return taken
 
-    def forward(self, x: Float[Tensor, "*batch in"]) -> tuple[Tensor, ...]:
-        """Every member's output, each in memory of its own, in the type of `x`."""
-        whole = _join([self._session.forward(layer, x) for layer in self._layers]).to(x.dtype)
-        if len(self._sizes) == 1:
+    def forward(self, x: Float[Tensor, "*batch in"], rows: RealRows | None = None) -> tuple[Tensor, ...]:
+        """Every member's output, each in memory of its own, in the type of `x`; of `rows` alone, if there are any."""
+        sent = x if rows is None else rows.pack(x)
+        whole = _join([self._session.forward(layer, sent) for layer in self._layers]).to(x.dtype)
+        if len(self._sizes) == 1 and rows is None:
             return (whole,)
         # Views of one tensor could not be changed in place, as a linear's output can.
-        parts = torch.split(whole, self._sizes, dim=-1)
-        return tuple(torch.clone(part, memory_format=torch.contiguous_format) for part in parts)
+        own = _copy if rows is None else rows.unpack
+        return tuple(map(own, torch.split(whole, self._sizes, dim=-1)))
 
-    def backward(self, gradients: Sequence[Tensor | None]) -> Tensor | None:
-        """The input's gradient in float32. An output that nobody used has none, and counts as zeros."""
+    def backward(self, gradients: Sequence[Tensor | None], rows: RealRows | None = None) -> Tensor | None:
+        """The input's gradient in float32. An output that nobody used has none, and counts as zeros.
+
+        With `rows`, those of forward, gradients of other rows are not read, and these rows of the result are zero.
+        """
         self._waiting = None
+        if rows is not None:
+            gradients = [None if gradient is None else rows.pack(gradient) for gradient in gradients]
         given = next((gradient for gradient in gradients if gradient is not None), None)
         if given is None:
             return None
@@ -134,7 +142,8 @@ class OffloadedGroup:
             ]
         )
         parts = torch.tensor_split(whole, len(self._layers), dim=-1)
-        return functools.reduce(operator.add, map(self._session.backward, self._layers, parts))
+        found = functools.reduce(operator.add, map(self._session.backward, self._layers, parts))
+        return found if rows is None else rows.unpack(found)
 
 
 class _Waiting:
@@ -152,25 +161,25 @@ class _Waiting:
         return self.outputs.pop(index, None) if x is self._x and _mode(x) == self._mode else None
 
 
-def _mode(x: Tensor) -> tuple[int, bool, bool]:
-    """What must not have changed for an output to be still that of `x`, and of the right kind."""
-    return x._version, x.requires_grad, torch.is_grad_enabled()
+def _mode(x: Tensor) -> tuple[int, bool, bool, RealRows | None]:
+    """What must not have changed for an output to be still that of `x`, of the right kind and of the same rows."""
+    return x._version, x.requires_grad, torch.is_grad_enabled(), real_rows_of(x)
 
 
 class _Product(torch.autograd.Function):
     """A group's product. Nothing is saved for backward, which needs the gradient alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: OffloadedGroup) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, group: OffloadedGroup, rows: RealRows | None) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.group, ctx.dtype = group, x.dtype
-        return group.forward(x)
+        ctx.group, ctx.dtype, ctx.rows = group, x.dtype, rows
+        return group.forward(x, rows)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]  # as torch documents it
-        found = ctx.group.backward(gradients)
-        return None if found is None else found.to(ctx.dtype), None
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]  # as torch documents it
+        found = ctx.group.backward(gradients, ctx.rows)
+        return None if found is None else found.to(ctx.dtype), None, None
 
 
 def joint_name(names: Sequence[str]) -> str:
@@ -181,8 +190,12 @@ def joint_name(names: Sequence[str]) -> str:
     return parent + "+".join(name.removeprefix(parent) for name in names)
 
 
-def _apply(x: Tensor, group: OffloadedGroup) -> tuple[Tensor, ...]:
-    return cast("tuple[Tensor, ...]", _Product.apply(x, group))  # pyright: ignore[reportUnknownMemberType]
+def _apply(x: Tensor, group: OffloadedGroup, rows: RealRows | None) -> tuple[Tensor, ...]:
+    return cast("tuple[Tensor, ...]", _Product.apply(x, group, rows))  # pyright: ignore[reportUnknownMemberType]
+
+
+def _copy(part: Tensor) -> Tensor:
+    return torch.clone(part, memory_format=torch.contiguous_format)
 
 
 def _join(parts: list[Tensor]) -> Tensor:

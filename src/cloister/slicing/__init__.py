@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cloister.slicing._far import FarSide, load_far, pool
     from cloister.slicing._frozen_linears import OffloadReport, check_offload, offload_model
     from cloister.slicing._near import NearSide, load_near
-    from cloister.slicing._outline import LinearGroup, Outline, outline_backbone
+    from cloister.slicing._outline import LinearGroup, Outline, empty_blocks, outline_backbone
     from cloister.slicing._whole import WholeSide, load_whole
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Outline",
     "WholeSide",
     "check_offload",
+    "empty_blocks",
     "inspect_backbone",
     "load_far",
     "load_near",
@@ -48,6 +49,7 @@ _NEEDS_TORCH = {
     "OffloadReport": "_frozen_linears",
     "Outline": "_outline",
     "check_offload": "_frozen_linears",
+    "empty_blocks": "_outline",
     "load_far": "_far",
     "load_near": "_near",
     "offload_model": "_frozen_linears",

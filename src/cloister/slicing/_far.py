@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from cloister.adapters import SpfLinear
 from cloister.errors import ModelError
 from cloister.slicing._backbone import BackboneInfo, resolve_cut
 from cloister.slicing._blocks import BlockRunner, check_batch, take_blocks
@@ -30,6 +31,7 @@ class FarSide(nn.Module):
         blocks: the far-side blocks, numbered from 0.
         norm: the final norm; the identity for BERT.
         head: the language-model head, or the linear classification head.
+        is_bf16: whether it computes in bfloat16; see `compute_in_bf16`.
     """
 
     blocks: nn.ModuleList
@@ -57,6 +59,7 @@ class FarSide(nn.Module):
         self.task: Task = task
         self.pooling: Pooling = pooling
         self.cut_layer = resolve_cut(info, cut_layer)
+        self.is_bf16 = False
         skeleton = Skeleton(info, with_head=task == "causal-lm")
         family = FAMILIES[info.family]
         self.blocks, self.rotary = take_blocks(skeleton, self.cut_layer, info.n_layers, dtype=torch.float32)
@@ -92,7 +95,10 @@ class FarSide(nn.Module):
     ) -> Float[Tensor, "batch tokens features"]:
         """The last block's output, before the final norm. Secret."""
         check_batch(hidden, attention_mask)
-        return self._runner.run(self.blocks, self.rotary, hidden, attention_mask)
+        if not self.is_bf16:
+            return self._runner.run(self.blocks, self.rotary, hidden, attention_mask)
+        with torch.autocast(hidden.device.type, dtype=torch.bfloat16):
+            return self._runner.run(self.blocks, self.rotary, hidden, attention_mask).float()
 
     def features(
         self, hidden: Float[Tensor, "batch tokens features"], attention_mask: Int[Tensor, "batch tokens"]
@@ -109,6 +115,26 @@ class FarSide(nn.Module):
     ) -> Float[Tensor, "batch features"]:
         """One vector per text, which the classification head reads. Secret."""
         return pool(self.features(hidden, attention_mask), attention_mask, self.pooling)
+
+    def compute_in_bf16(self) -> None:
+        """From now on the blocks and a language-model head multiply in bfloat16; there is no way back.
+
+        Frozen matrices are rounded to bfloat16 and stored so; an adapter must be attached before. In float32 stay what
+        trains, biases, norms, the sum of each residual connection, the inside of a softmax, pooling, a classification
+        head, and everything that is returned.
+        """
+        if self.is_bf16:
+            return
+        for parameter in self.blocks.parameters():
+            if parameter.dim() > 1 and not parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+        for module in self.blocks.modules():
+            if isinstance(module, SpfLinear):
+                module.round_frozen(torch.bfloat16)
+        for linear in self.head.modules():
+            if isinstance(linear, nn.Linear) and not linear.weight.requires_grad:
+                _multiply_in_bf16(linear)
+        self.is_bf16 = True
 
 
 def load_far(
@@ -149,6 +175,13 @@ def pool(
         weights = attention_mask.to(features.dtype)[..., None]
         return (features * weights).sum(dim=1) / lengths[:, None].to(features.dtype)
     raise ValueError(f"pooling {pooling!r} is not mean, cls or last")
+
+
+def _multiply_in_bf16(linear: nn.Linear) -> None:
+    """Outside of autocast: what goes in is rounded, what comes out is float32."""
+    linear.to(torch.bfloat16)
+    linear.register_forward_pre_hook(lambda _, args: (args[0].to(torch.bfloat16),))
+    linear.register_forward_hook(lambda *given: given[-1].float())
 
 
 class _CappedHead(nn.Module):

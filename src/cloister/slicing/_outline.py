@@ -96,6 +96,16 @@ def outline_backbone(info: BackboneInfo) -> Outline:
     )
 
 
+def empty_blocks(info: BackboneInfo, start: int) -> nn.ModuleList:
+    """The blocks from `start` on without any weights, on torch's meta device: to see beforehand what fits them.
+
+    Raises:
+        ModelError: as `outline_backbone`.
+    """
+    base = cast("nn.Module", _empty_model(info).base_model)
+    return cast("nn.ModuleList", base.get_submodule(FAMILIES[info.family].blocks))[start:]
+
+
 def _empty_model(info: BackboneInfo) -> PreTrainedModel:
     """On torch's meta device: every module and shape, and no number."""
     config = load_config(config_folder(info), info.path)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.utils import logging as transformers_logging
 
 from cloister.errors import ModelError
+from cloister.offload import only_real_rows
 from cloister.slicing._backbone import BackboneInfo, first_line, load_config, local_folder
 from cloister.slicing._families import FAMILIES
 from cloister.slicing._far import Pooling, Task, pool
@@ -129,16 +130,16 @@ class WholeSide(nn.Module):
     def features(
         self, ids: Int[Tensor, "batch tokens ..."], attention_mask: Int[Tensor, "batch tokens"]
     ) -> Float[Tensor, "batch tokens features"]:
-        """What the language-model head reads, for every token. *Secret*."""
-        options: dict[str, Any] = {}
+        """What the language-model head reads, for every token. *Secret*. Masked layers leave padding out."""
+        options: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": False}
         if ids.dim() == 3:
             ids, options["token_type_ids"] = ids.unbind(dim=-1)
         if self._n_prefix:
             options["past_key_values"] = cast("Any", self.peft).get_prompt(batch_size=len(ids))
             ones = attention_mask.new_ones(len(ids), self._n_prefix)
-            attention_mask = torch.cat((ones, attention_mask), dim=1)
-        out = self._parts["transformer"](input_ids=ids, attention_mask=attention_mask, use_cache=False, **options)
-        return out.last_hidden_state
+            options["attention_mask"] = torch.cat((ones, attention_mask), dim=1)
+        with only_real_rows(attention_mask):  # what stands at padding is never attended to, nor pooled
+            return self._parts["transformer"](input_ids=ids, **options).last_hidden_state
 
     def pooled(
         self, ids: Int[Tensor, "batch tokens ..."], attention_mask: Int[Tensor, "batch tokens"]

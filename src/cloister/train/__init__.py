@@ -13,7 +13,7 @@ from cloister._lazy import lazy_exports
 if TYPE_CHECKING:
     from cloister.train._baselines import alone_baseline, linear_head_baseline, majority_baseline
     from cloister.train._boundary import BoundaryBlock, dequantize, quantize
-    from cloister.train._checkpoint import Checkpointer, TrainState
+    from cloister.train._checkpoint import Checkpointer, TrainState, saved_support
     from cloister.train._data import (
         Columns,
         Dataset,
@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     from cloister.train._evaluate import EvalResult, EvalSums, evaluate, evaluate_sums, merge_sums, predict
     from cloister.train._far import FarTrainer, StepInfo, TrainResult
     from cloister.train._features import ExampleKey, Features, FeatureSource, MemoryFeatures
+    from cloister.train._importance import place_adapter, prepare_adapter, restore_tuned
     from cloister.train._local import LocalTraining, LocalUpdate, complete
     from cloister.train._near import NearRun
     from cloister.train._peft_folder import load_peft, save_peft
-    from cloister.train._privacy import gaussian_epsilon, noised, on_grid
+    from cloister.train._precision import resolve_precision, set_precision
+    from cloister.train._privacy import gaussian_epsilon, noised, on_grid, require_privacy_extra
     from cloister.train._proximal import proximal_term
     from cloister.train._release import export_far_state, export_release, import_far_state
     from cloister.train._schedule import StepPlan, TrainSpec
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
         shard_context,
         shard_entries,
     )
+    from cloister.train._stopping import trained_features
     from cloister.train._store import ShardStore, open_store, verify_shard_file
     from cloister.train._text import TextEncoder, Tokenised
     from cloister.train._tokens import question_features, token_features
@@ -78,6 +81,7 @@ _HOME = {
     "majority_baseline": "_baselines",
     "Checkpointer": "_checkpoint",
     "TrainState": "_checkpoint",
+    "saved_support": "_checkpoint",
     "EvalResult": "_evaluate",
     "evaluate": "_evaluate",
     "predict": "_evaluate",
@@ -91,8 +95,14 @@ _HOME = {
     "export_far_state": "_release",
     "export_release": "_release",
     "import_far_state": "_release",
+    "place_adapter": "_importance",
+    "prepare_adapter": "_importance",
+    "restore_tuned": "_importance",
+    "resolve_precision": "_precision",
+    "set_precision": "_precision",
     "StepPlan": "_schedule",
     "TrainSpec": "_schedule",
+    "trained_features": "_stopping",
     # adapters that are aggregated
     "DpSgdSpec": "_dp_sgd",
     "PrivateTraining": "_dp_sgd",
@@ -102,6 +112,7 @@ _HOME = {
     "gaussian_epsilon": "_privacy",
     "noised": "_privacy",
     "on_grid": "_privacy",
+    "require_privacy_extra": "_privacy",
     "proximal_term": "_proximal",
     # a client of Method 1, in its own enclave
     "EvalSums": "_evaluate",
@@ -165,14 +176,22 @@ __all__ = [
     "on_grid",
     "open_dataset",
     "open_store",
+    "place_adapter",
     "predict",
+    "prepare_adapter",
     "proximal_term",
     "quantize",
     "question_features",
+    "require_privacy_extra",
+    "resolve_precision",
+    "restore_tuned",
     "save_peft",
+    "saved_support",
+    "set_precision",
     "shard_context",
     "shard_entries",
     "token_features",
+    "trained_features",
     "verify_shard_file",
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +16,11 @@ from cloister.errors import ConfigError, DataError, Problem
 from cloister.train._batching import collate
 from cloister.train._evaluate import _by_tokens, evaluate, macro_f1
 from cloister.train._far import FarTrainer, StepInfo
+from cloister.train._features import HELD_OUT
+from cloister.train._read_ahead import ReadAhead
 
 if TYPE_CHECKING:
-    from cloister.adapters import LoraSpec
+    from cloister.adapters import FarAdapterSpec
     from cloister.slicing import FarSide
     from cloister.train._data import TaskSpec
     from cloister.train._features import ExampleKey, Features
@@ -80,7 +83,7 @@ def alone_baseline(  # noqa: PLR0917 - as many inputs as FarTrainer has
     source: Features,
     client: str,
     spec: TrainSpec,
-    lora: LoraSpec,
+    adapter: FarAdapterSpec,
     task: TaskSpec,
     *,
     on_step: Callable[[StepInfo], None] | None = None,
@@ -88,17 +91,23 @@ def alone_baseline(  # noqa: PLR0917 - as many inputs as FarTrainer has
 ) -> dict[str, Any]:
     """What one client reaches alone: the same training on its own examples, tested on everybody's.
 
+    With `spec.patience` it stops early by its own held-out examples. A client that has too few to hold any out trains
+    all epochs, on all of them.
+
     Args:
         far: a fresh far side; it is tuned here and not to be used for anything else.
         source: every client's features.
         client: whose training examples are used.
-        spec, lora, task: as for the common training.
+        spec, adapter, task: as for the common training; SPF's criteria look at this client's examples alone.
         on_step, stop: as FarTrainer. After a stop the figures are of the unfinished model.
 
     Raises:
         DataError: the client has no training examples.
     """
-    FarTrainer(far, spec, lora, task, source.only(client), on_step=on_step, stop=stop).train()
+    own = source.only(client)
+    if not own.hold_out(spec.held_out, spec.seed).split(HELD_OUT):
+        spec = replace(spec, patience=None)
+    FarTrainer(far, spec, adapter, task, own, on_step=on_step, stop=stop).train()
     return evaluate(far, source, task).as_dict()
 
 
@@ -108,7 +117,7 @@ def _needs_classes(task: TaskSpec, name: str) -> None:
 
 
 def _labels(source: Features, keys: Sequence[ExampleKey]) -> Tensor:
-    return torch.tensor([source.get(key).label for key in keys], dtype=torch.long)
+    return torch.tensor([source.label(key) for key in keys], dtype=torch.long)
 
 
 def _accuracy(keys: Sequence[ExampleKey], labels: Tensor, predicted: Tensor) -> dict[str, Any]:
@@ -131,10 +140,12 @@ def _pooled(far: FarSide, source: Features, keys: Sequence[ExampleKey]) -> Tenso
     far.eval()
     lengths = [source.n_tokens(key) for key in keys]
     rows: list[Tensor] = [torch.empty(0)] * len(keys)
-    for batch in _by_tokens(sorted(range(len(keys)), key=lengths.__getitem__), lengths):
-        hidden, mask = collate([source.get(keys[i]).hidden for i in batch])
-        for i, row in zip(batch, far.pooled(hidden, mask).double(), strict=True):
-            rows[i] = row
+    order = sorted(range(len(keys)), key=lengths.__getitem__)
+    with ReadAhead(source, [keys[i] for i in order]) as ahead:
+        for batch in _by_tokens(order, lengths):
+            hidden, mask = collate([found.hidden for found in ahead.take([keys[i] for i in batch])])
+            for i, row in zip(batch, far.pooled(hidden, mask).double(), strict=True):
+                rows[i] = row
     return torch.stack(rows)
 
 

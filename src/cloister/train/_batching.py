@@ -23,7 +23,8 @@ _FLOP_PER_WEIGHT = 4  # a multiplication and an addition, forwards and backwards
 
 def overhead_tokens(blocks: nn.Module, n_blocks: int) -> int:
     """How many tokens could be computed in the time that one more piece costs."""
-    n_weights = sum(p.numel() for p in blocks.parameters() if p.dim() >= 2)
+    # Not the parameters: SPF's frozen weights are none, and what trains of them is a part of them.
+    n_weights = sum(tensor.numel() for tensor in blocks.state_dict().values() if tensor.dim() >= 2)
     return int(n_blocks * _BLOCK_OVERHEAD_S * _FLOP_PER_S / (_FLOP_PER_WEIGHT * max(1, n_weights)))
 
 

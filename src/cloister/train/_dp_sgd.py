@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from cloister.errors import ConfigError, DataError, UnsupportedLayerError
-from cloister.train._privacy import epsilon_of, noised, on_grid, rdp_accountant
+from cloister.train._privacy import epsilon_of, noised, on_grid, rdp_accountant, require_privacy_extra
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,11 +50,12 @@ class PrivateTraining:
             private.optimizer.step()
 
     Every batch MUST have its step, and nothing else may read the examples. Iterating gives one epoch; a draw without
-    any example takes its step, of noise alone, by itself.
+    any example takes its step, of noise alone, by itself. Who counts steps otherwise uses `draw` and `step_on_noise`.
 
     Attributes:
-        module: gives each example's own gradient; `module.module`, where the caller needs it, is the model.
+        module: gives each example's own gradient, also where the model is called without it.
         optimizer: clips, adds noise, accounts, steps.
+        sample_rate: with what probability an example is in a batch.
     """
 
     def __init__(self, module: nn.Module, optimizer: Any, loader: DataLoader[Any], spec: DpSgdSpec) -> None:
@@ -78,18 +79,27 @@ class PrivateTraining:
 
     def __iter__(self) -> Iterator[Any]:
         for _ in range(self._n_steps):
-            chosen = poisson_draw(self._n_examples, self.sample_rate)
-            if len(chosen):
-                yield self._loader.collate_fn([self._loader.dataset[int(i)] for i in chosen])
+            if (batch := self.draw()) is not None:
+                yield batch
             else:
-                self._step_on_noise()
+                self.step_on_noise()
 
-    def _step_on_noise(self) -> None:
+    def draw(self) -> Any | None:
+        """The next batch, collated; None where nobody is in it, which takes `step_on_noise`. *Secret*."""
+        chosen = poisson_draw(self._n_examples, self.sample_rate)
+        return self._loader.collate_fn([self._loader.dataset[int(i)] for i in chosen]) if len(chosen) else None
+
+    def step_on_noise(self) -> None:
         """Whether a step is taken must not tell whether anybody was drawn; transformers refuse an empty batch."""
         self.optimizer.zero_grad()
         for parameter in self.optimizer.params:
             parameter.grad_sample = torch.zeros(0, *parameter.shape)
         self.optimizer.step()
+
+    def close(self) -> None:
+        """Takes Opacus out of the module again, which trains and answers as before. May be called again."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.module.cleanup()
 
     @property
     def epsilon(self) -> float:
@@ -113,7 +123,23 @@ def make_private(
         ConfigError: the extra `dp` is not installed, or the optimiser misses something that trains.
         DataError: there are no examples.
     """
-    rdp_accountant()  # the extra is there
+    check_private(module)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if held != {id(parameter) for parameter in module.parameters() if parameter.requires_grad}:
+        raise ConfigError("the optimiser of DP-SGD must hold exactly what trains")
+    if not len(loader.dataset):  # type: ignore[arg-type]
+        raise DataError("DP-SGD has no examples to train on")
+    return PrivateTraining(module, optimizer, loader, spec)
+
+
+def check_private(module: nn.Module) -> None:
+    """Whether DP-SGD can train a model; leaves it in training mode.
+
+    Raises:
+        UnsupportedLayerError: a layer that trains mixes examples or keeps statistics of them; names all of them.
+        ConfigError: the extra `dp` is not installed.
+    """
+    require_privacy_extra()
     from opacus import GradSampleModule
     from opacus.validators import ModuleValidator
 
@@ -128,12 +154,6 @@ def make_private(
             f"DP-SGD cannot train {len(errors)} of this model's layers: {'; '.join(errors)}",
             hint="train an adapter beside them, or leave DP-SGD out",
         )
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if held != {id(parameter) for parameter in module.parameters() if parameter.requires_grad}:
-        raise ConfigError("the optimiser of DP-SGD must hold exactly what trains")
-    if not len(loader.dataset):  # type: ignore[arg-type]
-        raise DataError("DP-SGD has no examples to train on")
-    return PrivateTraining(module, optimizer, loader, spec)
 
 
 def poisson_draw(n: int, rate: float) -> np.ndarray:

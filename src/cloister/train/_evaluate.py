@@ -14,6 +14,7 @@ from torch import Tensor
 from cloister.errors import DataError
 from cloister.train._batching import collate
 from cloister.train._loss import Scored, score
+from cloister.train._read_ahead import ReadAhead
 
 if TYPE_CHECKING:
     from cloister.slicing import FarSide
@@ -97,9 +98,10 @@ def evaluate_sums(far: FarSide, source: Features, split: str = "test") -> list[E
     # Examples of one length side by side need no padding, and a metric does not depend on their order.
     order = sorted(range(len(keys)), key=lambda i: source.n_tokens(keys[i]))
     rows: list[_Row] = []
-    for batch in _by_tokens(order, [source.n_tokens(key) for key in keys]):
-        features = [source.get(keys[i]) for i in batch]
-        rows += _rows([keys[i] for i in batch], features, score(far, features))
+    with ReadAhead(source, [keys[i] for i in order]) as ahead:
+        for batch in _by_tokens(order, [source.n_tokens(key) for key in keys]):
+            features = ahead.take([keys[i] for i in batch])
+            rows += _rows([keys[i] for i in batch], features, score(far, features))
     return [_sums(client, rows) for client in sorted({row.client for row in rows})]
 
 

@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import struct
-from collections import Counter, OrderedDict
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import torch
-
-from cloister.channel import ChunkedReader
-from cloister.errors import DecryptionError, LimitExceededError, MalformedMessageError, ShardMismatchError
-from cloister.train._boundary import BoundaryBlock, dequantize
-from cloister.train._shards import Feature, ShardBody, decode_shard, shard_entries
-from cloister.train._store import verify_shard_file
+from cloister.errors import ShardMismatchError
+from cloister.train._sealed_shard import ALTERED_HINT, Opened, OpenFiles, SealedFile, SealedShard
+from cloister.train._shards import Feature, ShardBody, shard_entries
 
 if TYPE_CHECKING:
     from cloister.train._data import TaskSpec
     from cloister.wire import Manifest, ShardEntry
 
-SPLITS = ("train", "test")
-
-_MAX_OPEN_FILES = 64  # of the 1,024 that a process usually may have
-_ALTERED_HINT = "the client's software or the store is faulty; remove this client or let it upload anew"
-_DTYPES = {"int8": torch.int8, "bf16": torch.bfloat16, "fp32": torch.float32}
+HELD_OUT = "held-out"
+SPLITS = ("train", "test", HELD_OUT)
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class ExampleKey:
-    """Which example: the client's name, "train" or "test", and the example's index at that client."""
+    """Which example: the client's name, "train", "test" or "held-out", and the example's index at that client.
+
+    Held-out examples are training examples that `hold_out` set aside, so an index is of one of the two.
+    """
 
     client: str
     split: str
@@ -41,6 +38,8 @@ class ExampleKey:
 
 class _Holder(Protocol):
     def example(self, i: int) -> Feature: ...
+
+    def label(self, i: int) -> int | None: ...
 
 
 class _Place(NamedTuple):
@@ -57,16 +56,22 @@ class Features:
     Attributes:
         clients: names, sorted.
         fingerprint: hex SHA-256 that identifies exactly these examples; checkpoints are bound to it.
+        ahead_bytes: of the memory budget, what examples may take that are opened before they are asked for; 0 where
+            every example is in memory.
     """
 
-    def __init__(self, places: Mapping[ExampleKey, _Place], clients: Iterable[str], fingerprint: str) -> None:
+    def __init__(
+        self, places: Mapping[ExampleKey, _Place], clients: Iterable[str], fingerprint: str, ahead_bytes: int = 0
+    ) -> None:
         self.clients = tuple(sorted(clients))
         self.fingerprint = fingerprint
+        self.ahead_bytes = ahead_bytes
         self._places = places
         self._splits = {split: sorted(key for key in places if key.split == split) for split in SPLITS}
 
     def __repr__(self) -> str:
-        counts = ", ".join(f"{len(self._splits[split])} {split}" for split in SPLITS)
+        shown = [split for split in SPLITS if split != HELD_OUT or self._splits[split]]
+        counts = ", ".join(f"{len(self._splits[split])} {split}" for split in shown)
         return f"{type(self).__name__}({len(self.clients)} clients, {counts})"
 
     def split(self, split: str) -> list[ExampleKey]:
@@ -82,9 +87,34 @@ class Features:
         place = self._places[key]
         return place.holder.example(place.position)
 
+    def is_sealed(self, key: ExampleKey) -> bool:
+        """Whether the example has to be read from the disk and decrypted."""
+        return isinstance(self._places[key].holder, SealedShard)
+
+    def open(self, key: ExampleKey) -> Opened:
+        """One sealed example, still quantised. Safe to call from several threads.
+
+        Raises:
+            ShardMismatchError: as `get`.
+        """
+        holder, position, _ = self._places[key]
+        assert isinstance(holder, SealedShard)  # noqa: S101 - the caller has asked `is_sealed`
+        return holder.open(position)
+
+    def opened_bytes(self, key: ExampleKey) -> int:
+        """What `open` of this sealed example will take in memory."""
+        holder, position, _ = self._places[key]
+        assert isinstance(holder, SealedShard)  # noqa: S101
+        return holder.opened_bytes(position)
+
     def n_tokens(self, key: ExampleKey) -> int:
         """Length of an example, without opening it."""
         return self._places[key].n_tokens
+
+    def label(self, key: ExampleKey) -> int | None:
+        """Class of an example, without opening it; None for causal-lm. *secret*."""
+        place = self._places[key]
+        return place.holder.label(place.position)
 
     def n_examples(self, split: str = "train") -> dict[str, int]:
         """Examples of each client, 0 for one that has none in this split."""
@@ -94,7 +124,39 @@ class Features:
     def only(self, client: str) -> Features:
         """The same test examples, and of the training examples those of one client: what it could learn alone."""
         kept = {key: place for key, place in self._places.items() if key.split != "train" or key.client == client}
-        return Features(kept, self.clients, hashlib.sha256(f"{self.fingerprint}/only/{client}".encode()).hexdigest())
+        return self._view(kept, f"only/{client}")
+
+    def hold_out(self, share: float, seed: int) -> Features:
+        """The same examples, of which a share of every client's training examples is in the split "held-out" instead.
+
+        The rule is public: of a client's n training examples the floor(share n) with the smallest
+        SHA-256("cloister-held-out/v1/<seed>/<client>/<index>"), so none of a client with fewer than 1 / share.
+        """
+
+        def rank(key: ExampleKey) -> bytes:
+            return hashlib.sha256(f"cloister-held-out/v1/{seed}/{key.client}/{key.index}".encode()).digest()
+
+        moved: set[ExampleKey] = set()
+        for _, found in itertools.groupby(self._splits["train"], key=lambda key: key.client):
+            mine = sorted(found, key=rank)
+            moved.update(mine[: math.floor(share * len(mine) + 1e-9)])  # 0.29 * 100 is less than 29
+        places = {
+            ExampleKey(key.client, HELD_OUT, key.index) if key in moved else key: place
+            for key, place in self._places.items()
+        }
+        return self._view(places, f"hold-out/{share!r}/{seed}")
+
+    def clients_with_unseen_labels(self) -> list[str]:
+        """Clients with a test example of a class that nobody trains on: no model of this data can learn to give it.
+
+        Which class, and how many examples, is *secret*; whose test split it is, is told to all.
+        """
+        seen = {self.label(key) for key in self._splits["train"]}
+        return sorted({key.client for key in self._splits["test"] if self.label(key) not in seen})
+
+    def _view(self, places: Mapping[ExampleKey, _Place], what: str) -> Features:
+        fingerprint = hashlib.sha256(f"{self.fingerprint}/{what}".encode()).hexdigest()
+        return Features(places, self.clients, fingerprint, self.ahead_bytes)
 
 
 class MemoryFeatures(Features):
@@ -119,6 +181,9 @@ class _List:
     def example(self, i: int) -> Feature:
         return self.features[i]
 
+    def label(self, i: int) -> int | None:
+        return self.features[i].label
+
 
 class FeatureSource(Features):
     """All clients' sealed shards, opened for training.
@@ -128,13 +193,13 @@ class FeatureSource(Features):
     folder belongs to the untrusted host, so nothing that is read from it is believed.
 
     As many shards as fit stay in memory, still quantised. The others stay sealed on the disk, and of those only the
-    few kilobytes that hold one example are decrypted when it is asked for.
+    few kilobytes that hold one example are decrypted when it is asked for, or a little earlier (`ReadAhead`).
 
     Args:
         parts: each client's manifest, and the folder that has its shards.
         task: which labels there must be.
         memory_budget_bytes: most bytes of opened shards in memory, one shard that is being verified included; a
-            single shard larger than this is still opened, alone.
+            single shard larger than this is still opened, alone. What verifying needed is read-ahead's afterwards.
 
     Raises:
         ShardMismatchError: a shard is missing, altered, of another place, not as its manifest says, or the manifests
@@ -150,20 +215,22 @@ class FeatureSource(Features):
         sizes = [entry.n_bytes for manifest in manifests for entry in manifest.shards]
         # With everything in memory nothing is opened later. Otherwise one shard's room is kept free for verifying.
         room = memory_budget_bytes if sum(sizes) <= memory_budget_bytes else memory_budget_bytes - max(sizes)
-        self._files = _OpenFiles()
+        self._files = OpenFiles()
         self.n_resident_bytes = 0
         places: dict[ExampleKey, _Place] = {}
         for manifest, folder in parts:
             for entry, context in shard_entries(manifest):
-                sealed = _SealedFile(Path(folder) / entry.name, manifest.feature_key, context, entry, manifest.client)
+                sealed = SealedFile(Path(folder) / entry.name, manifest.feature_key, context, entry, manifest.client)
                 body = sealed.open_whole(manifest, task)
                 holder: _Holder = body
                 if self.n_resident_bytes + entry.n_bytes <= room:
                     self.n_resident_bytes += entry.n_bytes
                 else:
-                    holder = _SealedShard(sealed, body, self._files, is_causal=task.name == "causal-lm")
+                    holder = SealedShard(sealed, body, self._files, is_causal=task.name == "causal-lm")
                 _add(places, manifest.client, entry, body, holder)
-        super().__init__(places, [manifest.client for manifest in manifests], _fingerprint(manifests))
+        is_whole = sum(sizes) == self.n_resident_bytes
+        left = 0 if is_whole else max(1, memory_budget_bytes - self.n_resident_bytes)
+        super().__init__(places, [manifest.client for manifest in manifests], _fingerprint(manifests), left)
 
     def close(self) -> None:
         """Closes the files of the shards that are not in memory. Their examples can still be read afterwards."""
@@ -198,7 +265,7 @@ def _add(places: dict[ExampleKey, _Place], client: str, entry: ShardEntry, body:
         key = ExampleKey(client, entry.split, index)
         if key in places:
             raise ShardMismatchError(
-                f"shard {entry.name} of client {client} repeats {entry.split} example {index}", hint=_ALTERED_HINT
+                f"shard {entry.name} of client {client} repeats {entry.split} example {index}", hint=ALTERED_HINT
             )
         places[key] = _Place(holder, i, n_tokens)
 
@@ -206,110 +273,3 @@ def _add(places: dict[ExampleKey, _Place], client: str, entry: ShardEntry, body:
 def _fingerprint(manifests: Sequence[Manifest]) -> str:
     named = [[manifest.client, [[entry.split, entry.name] for entry in manifest.shards]] for manifest in manifests]
     return hashlib.sha256(json.dumps(named, separators=(",", ":")).encode()).hexdigest()
-
-
-class _OpenFiles:
-    """At most `_MAX_OPEN_FILES` open shards; the one that was used longest ago is closed first."""
-
-    def __init__(self) -> None:
-        self._open: OrderedDict[Path, tuple[BinaryIO, ChunkedReader]] = OrderedDict()
-
-    def reader(self, sealed: _SealedFile) -> ChunkedReader:
-        if sealed.path in self._open:
-            self._open.move_to_end(sealed.path)
-            return self._open[sealed.path][1]
-        if len(self._open) >= _MAX_OPEN_FILES:
-            self._open.popitem(last=False)[1][0].close()
-        file = sealed.path.open("rb")
-        try:
-            reader = sealed.reader(file)
-        except BaseException:
-            file.close()
-            raise
-        self._open[sealed.path] = (file, reader)
-        return reader
-
-    def close(self) -> None:
-        while self._open:
-            self._open.popitem()[1][0].close()
-
-
-class _SealedFile:
-    """One shard's ciphertext, with what opens it. The key is *secret*."""
-
-    def __init__(self, path: Path, key: bytes, context: bytes, entry: ShardEntry, client: str) -> None:
-        self.path, self.entry, self.client = path, entry, client
-        self._key, self._context = key, context
-
-    def reader(self, file: BinaryIO) -> ChunkedReader:
-        return ChunkedReader(file, self._key, self._context)
-
-    def mismatch(self, what: str) -> ShardMismatchError:
-        return ShardMismatchError(
-            f"shard {self.entry.name} of client {self.client} {what}", path=str(self.path), hint=_ALTERED_HINT
-        )
-
-    def open_whole(self, manifest: Manifest, task: TaskSpec) -> ShardBody:
-        """Verifies everything about this shard that can be verified by itself."""
-        verify_shard_file(self.path, self.entry, client=self.client)
-        try:
-            with self.path.open("rb") as file:
-                reader = self.reader(file)
-                body = decode_shard(reader.read_at(0, reader.size), hidden_size=manifest.hidden_size, task=task)
-        except OSError as error:
-            raise self.mismatch(f"cannot be read: {error.strerror}") from None
-        except DecryptionError:
-            raise self.mismatch("does not open with its manifest's key at its place") from None
-        except (MalformedMessageError, LimitExceededError) as error:
-            raise self.mismatch(f"has a wrong body: {error.cause}") from None
-        counted = {
-            "examples": (len(body), self.entry.n_examples),
-            "tokens": (body.n_tokens, self.entry.n_tokens),
-            "boundary": (body.boundary, manifest.boundary),
-        }
-        for what, (found, expected) in counted.items():
-            if found != expected:
-                raise self.mismatch(f"holds {what} {found}, its manifest says {expected}")
-        return body
-
-
-class _SealedShard:
-    """A verified shard that stays on the disk: reads and decrypts the bytes of one example at a time."""
-
-    def __init__(self, sealed: _SealedFile, body: ShardBody, files: _OpenFiles, *, is_causal: bool) -> None:
-        self._sealed, self._files, self._is_causal = sealed, files, is_causal
-        self._indices, self._lengths = body.indices, body.lengths
-        self._hidden_size, self._dtype = body.hidden_size, _DTYPES[body.boundary]
-        self._starts = [0, *torch.tensor(body.lengths).cumsum(0).tolist()]
-        self._offsets: dict[str, int] | None = None
-
-    def example(self, i: int) -> Feature:
-        try:
-            return self._example(self._files.reader(self._sealed), i)
-        except OSError as error:
-            raise self._sealed.mismatch(f"cannot be read any more: {error.strerror}") from None
-        except (DecryptionError, LimitExceededError):
-            raise self._sealed.mismatch("was altered after it had been verified") from None
-
-    def _example(self, reader: ChunkedReader, i: int) -> Feature:
-        start, n = self._starts[i], self._lengths[i]
-        values = self._read(reader, "values", self._dtype, start * self._hidden_size, n * self._hidden_size)
-        scales = self._read(reader, "scales", torch.float32, start, n) if self._dtype is torch.int8 else None
-        hidden = dequantize(BoundaryBlock(values.view(n, self._hidden_size), scales))
-        if self._is_causal:
-            return Feature(self._indices[i], hidden, labels=self._read(reader, "labels", torch.int64, start, n))
-        return Feature(self._indices[i], hidden, label=int(self._read(reader, "labels", torch.int64, i, 1)))
-
-    def _read(self, reader: ChunkedReader, name: str, dtype: torch.dtype, first: int, count: int) -> torch.Tensor:
-        if self._offsets is None:
-            self._offsets = _tensor_offsets(reader)
-        raw = reader.read_at(self._offsets[name] + first * dtype.itemsize, count * dtype.itemsize)
-        # A bytearray, because torch wants memory that it may write to.
-        return torch.frombuffer(bytearray(raw), dtype=dtype)
-
-
-def _tensor_offsets(reader: ChunkedReader) -> dict[str, int]:
-    """Where each tensor begins in a safetensors body that `decode_shard` has accepted."""
-    (n_header,) = struct.unpack("<Q", reader.read_at(0, 8))
-    header: dict[str, Any] = json.loads(reader.read_at(8, n_header))
-    return {name: 8 + n_header + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}

@@ -8,6 +8,7 @@ arXiv 2004.00010), sampled exactly from OpenSSL's generator. For integers its Re
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,17 @@ def epsilon_of(accountant: Any, delta: float) -> float:
         return 0.0
     orders = [*accountant.DEFAULT_ALPHAS, 96, 128, 192, 256, 384, 512, 768, 1024]
     return float(accountant.get_epsilon(delta, alphas=orders))
+
+
+def require_privacy_extra() -> None:
+    """Raise unless what differential privacy needs is installed. Imports none of it.
+
+    Raises:
+        ConfigError: the extra `dp` is not installed.
+    """
+    for package in ("opacus", "opendp"):
+        if importlib.util.find_spec(package) is None:
+            raise _missing(package)
 
 
 def rdp_accountant() -> Any:

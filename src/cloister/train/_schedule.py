@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from cloister.errors import ConfigError, Problem
+from cloister.train._precision import Wanted
 
 Schedule = Literal["cosine", "linear", "constant"]
 
+MAX_HELD_OUT = 0.5
 _MAX_SEED = 2**63
 
 
@@ -37,6 +39,12 @@ class TrainSpec:
         client_weights: how much one example of a client counts, by name; 1 for a client that is not listed. The
             weights are scaled so that the mean over all examples is 1, so they do not change the learning rate.
         max_steps: stop after so many optimiser steps, if that is sooner.
+        precision: "fp32"; "bf16" for products and activations in bfloat16, with float32 for what trains; or "auto",
+            which is bf16 where the processor has it.
+        patience: stop after so many epochs in a row without a lower held-out loss, and keep the state of the lowest;
+            None trains all epochs and keeps the last.
+        held_out: share of every client's training examples that is held out for that (`Features.hold_out`); without
+            effect where patience is None.
     """
 
     epochs: int = 3
@@ -51,12 +59,20 @@ class TrainSpec:
     checkpoint_every_steps: int = 50
     client_weights: tuple[tuple[str, float], ...] | None = None
     max_steps: int | None = None
+    precision: Wanted = "fp32"
+    patience: int | None = None
+    held_out: float = 0.1
 
     def __post_init__(self) -> None:
         at_least_one = ("epochs", "batch_size", "grad_accumulation", "checkpoint_every_steps")
         problems = [Problem(f"training.{key}", "must be at least 1") for key in at_least_one if getattr(self, key) < 1]
-        if self.max_steps is not None and self.max_steps < 1:
-            problems.append(Problem("training.max_steps", "must be at least 1"))
+        for key in ("max_steps", "patience"):
+            if (given := getattr(self, key)) is not None and given < 1:
+                problems.append(Problem(f"training.{key}", "must be at least 1"))
+        if self.precision not in get_args(Wanted):
+            problems.append(Problem("training.precision", f"{self.precision!r} is not fp32, bf16 or auto"))
+        if not 0 < self.held_out <= MAX_HELD_OUT:
+            problems.append(Problem("training.held_out", f"must be above 0 and at most {MAX_HELD_OUT}"))
         problems += [
             Problem(f"training.{key}", "must be a positive number")
             for key in ("lr", "max_grad_norm")

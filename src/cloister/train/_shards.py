@@ -175,6 +175,11 @@ class ShardBody:
     def n_tokens(self) -> int:
         return self._starts[-1]
 
+    def label(self, i: int) -> int | None:
+        """Class of example i, without dequantising it; None where it has none."""
+        label = NO_LABEL if self._is_causal else int(self._labels[i])
+        return None if label == NO_LABEL else label
+
     def example(self, i: int) -> Feature:
         """Example i of [0, len): `hidden` is a fresh float32 tensor that the caller may change."""
         if not 0 <= i < len(self):
@@ -184,8 +189,7 @@ class ShardBody:
         hidden = dequantize(BoundaryBlock(self._values[start:end], scales))
         if self._is_causal:
             return Feature(self.indices[i], hidden, labels=self._labels[start:end].clone())
-        label = int(self._labels[i])
-        return Feature(self.indices[i], hidden, label=None if label == NO_LABEL else label)
+        return Feature(self.indices[i], hidden, label=self.label(i))
 
 
 def decode_shard(

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from cloister.adapters import LoraSpec, PrefixSpec
+from cloister.adapters import LoraSpec, PrefixSpec, SpfSpec
 from cloister.config import Job, job_to_toml, load_job, parse_job
 from cloister.errors import ConfigError
+from cloister.train import DpSgdSpec
 
 RAW: dict[str, Any] = {
     "name": "tiny",
@@ -18,6 +19,7 @@ RAW: dict[str, Any] = {
     "clients": [{"name": "b", "train": "b.jsonl"}, {"name": "a", "train": "a.jsonl", "test": "t.jsonl"}],
 }
 ENCLAVE = {"name": "enclave"}
+PRIVACY = {"clip_norm": 1.0, "noise_multiplier": 1.0, "delta": 1e-5}
 
 
 def job(**tables: Any) -> Job:
@@ -58,6 +60,7 @@ def test_a_key_of_the_split(section: str, key: str, value: Any):
         ("method", "bucket", 8),
         ("method", "pool_bytes", 0),
         ("adapter", "freeze_a", True),
+        ("training", "privacy", PRIVACY),
     ],
 )
 def test_a_key_of_the_enclaves(section: str, key: str, value: Any):
@@ -91,6 +94,52 @@ def test_a_key_of_a_prefix_beside_lora(key: str, value: Any):
     assert set(keys(method=ENCLAVE, adapter={key: value})) == {f"adapter.{key}"}
 
 
+SPF_KEYS = {"heads": 0.25, "neurons": 0.1, "criterion": "fisher", "criterion_examples": 8}
+
+
+@pytest.mark.parametrize("key", SPF_KEYS)
+@pytest.mark.parametrize("adapter", ["lora", "prefix"])
+def test_a_key_of_spf_beside_another_adapter(key: str, adapter: str):
+    assert set(keys(method=ENCLAVE, adapter={"name": adapter, key: SPF_KEYS[key]})) == {f"adapter.{key}"}
+
+
+@pytest.mark.parametrize(("key", "value"), [("n_tokens", 4), ("targets", ["q"])])
+def test_a_key_of_another_adapter_beside_spf(key: str, value: Any):
+    assert set(keys(adapter={"name": "spf", key: value})) == {f"adapter.{key}"}
+
+
+def test_whose_a_key_is_names_all_that_have_it():
+    found = keys(method=ENCLAVE, adapter={"name": "prefix", "r": 4})
+    assert found == {"adapter.r": 'belongs to the adapter "lora" and "spf"'}
+
+
+def test_spf_is_of_the_split():
+    assert keys(method=ENCLAVE, adapter={"name": "spf"}) == {"adapter.name": 'SPF needs the method "split"'}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "key"),
+    [
+        ({"heads": 0, "neurons": 0}, "heads"),
+        ({"criterion_examples": 8}, "criterion_examples"),
+        ({"criterion": "random", "criterion_examples": 8}, "criterion_examples"),
+        ({"heads": 1.5}, "heads"),
+        ({"neurons": -0.5}, "neurons"),
+        ({"criterion": "magnitude"}, "criterion"),
+        ({"criterion": "fisher", "criterion_examples": 0}, "criterion_examples"),
+    ],
+)
+def test_rules_of_spf(adapter: dict[str, Any], key: str):
+    assert set(keys(adapter={"name": "spf", **adapter})) == {f"adapter.{key}"}
+
+
+def test_spf_as_adapters_take_it():
+    assert job(adapter={"name": "spf"}).far_adapter_spec() == SpfSpec()
+    given = {**SPF_KEYS, "r": 4, "alpha": 2.0, "dropout": 0.1, "use_rslora": True}
+    assert job(adapter={"name": "spf", **given}).far_adapter_spec() == SpfSpec(**given)
+    assert job(adapter={"r": 4}).far_adapter_spec() == LoraSpec(r=4)
+
+
 @pytest.mark.parametrize(
     ("aggregation", "key"),
     [
@@ -102,13 +151,12 @@ def test_a_key_of_a_prefix_beside_lora(key: str, value: Any):
         ({"rule": "trimmed-mean", "trim": 0.45, "weighting": "uniform"}, "trim"),
         ({"rule": "trimmed-mean", "weighting": "uniform"}, "trim"),
         (
-            {"exact_lora": True, "weighting": "uniform",
-             "privacy": {"clip_norm": 1.0, "noise_multiplier": 1.0, "delta": 1e-5}},
+            {"exact_lora": True, "weighting": "uniform", "privacy": PRIVACY},
             "privacy",
         ),
-        ({"privacy": {"clip_norm": 1.0, "noise_multiplier": 1.0, "delta": 1e-5}}, "weighting"),
+        ({"privacy": PRIVACY}, "weighting"),
     ],
-)  # fmt: skip
+)
 def test_rules_of_the_aggregation(aggregation: dict[str, Any], key: str):
     assert set(keys(method=ENCLAVE, aggregation=aggregation)) == {f"aggregation.{key}"}
 
@@ -116,6 +164,34 @@ def test_rules_of_the_aggregation(aggregation: dict[str, Any], key: str):
 @pytest.mark.parametrize("adapter", [{"name": "prefix"}, {"freeze_a": True}])
 def test_exact_lora_needs_both_factors(adapter: dict[str, Any]):
     assert set(keys(method=ENCLAVE, adapter=adapter, aggregation={"exact_lora": True})) == {"aggregation.exact_lora"}
+
+
+@pytest.mark.parametrize(
+    ("tables", "key"),
+    [
+        ({"training": {"privacy": PRIVACY, "max_grad_norm": 1.0}}, "training.max_grad_norm"),
+        ({"training": {"privacy": PRIVACY, "grad_accumulation": 2}}, "training.grad_accumulation"),
+        (
+            {"training": {"privacy": PRIVACY}, "aggregation": {"rule": "fedprox", "proximal_mu": 0.1}},
+            "training.privacy",
+        ),
+        ({"training": {"privacy": {**PRIVACY, "noise_multiplier": 0.0}}}, "training.privacy.noise_multiplier"),
+        ({"training": {"privacy": {**PRIVACY, "delta": 1.0}}}, "training.privacy.delta"),
+        ({"training": {"privacy": {**PRIVACY, "clip_norm": 0.0}}}, "training.privacy.clip_norm"),
+        ({"training": {"privacy": {**PRIVACY, "epsilon": 1.0}}}, "training.privacy.epsilon"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_rules_of_dp_sgd(tables: dict[str, Any], key: str):
+    assert set(keys(method=ENCLAVE, **tables)) == {key}
+
+
+def test_dp_sgd_as_train_takes_it():
+    found = job(method=ENCLAVE, training={"privacy": {**PRIVACY, "clip_norm": 0.5}})
+    assert found.dp_sgd_spec() == DpSgdSpec(noise_multiplier=1.0, max_grad_norm=0.5, delta=1e-5)
+    assert found.train_spec() == job(method=ENCLAVE).train_spec()
+    assert job(method=ENCLAVE).dp_sgd_spec() is None
+    assert found.sha384 != job(method=ENCLAVE).sha384
 
 
 def test_what_is_right_passes():
@@ -148,6 +224,7 @@ def test_the_hash_covers_the_method_and_not_the_accelerators():
         {},
         {"method": ENCLAVE},
         {"method": ENCLAVE, "adapter": {"name": "prefix"}},
+        {"method": ENCLAVE, "training": {"privacy": PRIVACY}},
         {"method": ENCLAVE, "aggregation": {"rule": "fedadam"}},
         {"method": ENCLAVE, "aggregation": {"rule": "fedprox", "proximal_mu": 0.5}},
     ],

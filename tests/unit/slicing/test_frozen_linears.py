@@ -311,7 +311,8 @@ def test_a_whole_side(tiny_folders: dict, batch: Batch, session: OffloadSession)
         expected = side(*batch)
         report = offload_model(side, session, smallest=1)
         found = side(*batch)
-    assert float((found - expected).norm() / expected.norm()) < 1e-2
+    real = batch[1].bool()  # what stands at padding is nobody's, and is not sent
+    assert float((found[real] - expected[real]).norm() / expected[real].norm()) < 1e-2
     assert session.describe()["forward"] == len(report.groups)
 
 

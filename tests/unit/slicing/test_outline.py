@@ -17,7 +17,15 @@ from transformers.pytorch_utils import Conv1D
 from cloister.errors import ModelError
 from cloister.offload import OffloadSession
 from cloister.ring import FAITHFUL, FAST, RingFormat
-from cloister.slicing import BackboneInfo, check_offload, inspect_backbone, offload_model, outline_backbone
+from cloister.slicing import (
+    BackboneInfo,
+    check_offload,
+    empty_blocks,
+    inspect_backbone,
+    load_far,
+    offload_model,
+    outline_backbone,
+)
 from cloister.slicing._verdicts import weight_of
 from cloister.testing import FakeAccelerator, write_tiny_model
 
@@ -116,3 +124,11 @@ def test_a_hub_model_is_outlined_without_its_weights(tiny_folders: dict[str, Pat
 def test_asking_for_the_name_alone_loads_no_torch():
     code = "import sys, cloister.slicing as s; assert 'Outline' in s.__all__ and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_blocks_without_weights_are_those_of_the_far_side(info: BackboneInfo):
+    blocks = empty_blocks(info, 1)
+    shapes = {name: tuple(parameter.shape) for name, parameter in blocks.named_parameters()}
+    far = load_far(info, 1, task="sequence-classification", n_labels=2)
+    assert shapes == {name: tuple(parameter.shape) for name, parameter in far.blocks.named_parameters()}
+    assert all(parameter.is_meta for parameter in blocks.parameters())

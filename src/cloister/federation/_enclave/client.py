@@ -22,7 +22,7 @@ from cloister.errors import (
 from cloister.wire import AdmitAnswer, AdmitRequest, RecordMessage, RoundAnswer, RoundProgress, RoundRequest
 
 if TYPE_CHECKING:
-    from cloister.federation._plan import ClientPlan
+    from cloister.federation._plan import ClientPlan, EnclaveClientPlan
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ ADAPTER_FILE = "adapter.sealed"
 """The last global adapter that this client was given to measure, sealed to its enclave; for its own predictions."""
 
 _ANSWER_FILE = "answer.sealed"
+_SPENT_FILE = "spent.sealed"
 _LOAD_S = 1.0
 Progress = tuple[int, int]
 
@@ -43,6 +44,10 @@ class LocalModel(Protocol):
 
     def train(self, adapter: bytes, n_round: int) -> tuple[bytes, int, dict[str, Any]]:
         """Update, number of examples, and what may be told of it."""
+        ...
+
+    def epsilon(self, n_rounds: int) -> float | None:
+        """What so many rounds of training spend on each example; None without DP-SGD."""
         ...
 
     def evaluate(self, adapter: bytes) -> tuple[int, dict[str, Any]]:
@@ -66,14 +71,15 @@ class AdapterWork:
     """Loads once, then does one piece of work at a time in a thread of its own; a `ClientWork`.
 
     An answer is kept, sealed, until the next one: a request that comes again, also after this process was killed, gets
-    the same update, so that nothing is counted twice or trained twice.
+    the same update, so that nothing is counted twice or trained twice. With DP-SGD the trainings are counted too, each
+    before it begins: one that is asked for again with another adapter, or that died, has spent its share.
 
     Args:
         load: loads model and data; called once, in this object's thread.
         sealing_key: 32 bytes of this enclave, *secret*.
     """
 
-    def __init__(self, plan: ClientPlan, load: Callable[[], LocalModel], sealing_key: bytes) -> None:
+    def __init__(self, plan: EnclaveClientPlan, load: Callable[[], LocalModel], sealing_key: bytes) -> None:
         self._plan = plan
         self._load = load
         self._key = sealing_key
@@ -168,7 +174,10 @@ class AdapterWork:
 
     def _run(self, model: LocalModel, request: RoundRequest) -> None:
         if request.work == "train":
+            n_spent = self._count_training() if self._plan.dp_sgd is not None else 0
             update, n_examples, facts = model.train(request.adapter, request.round)
+            if (epsilon := model.epsilon(n_spent)) is not None:
+                facts["epsilon"] = round(epsilon, 6)
         else:
             update = b""
             n_examples, facts = model.evaluate(request.adapter)
@@ -178,6 +187,14 @@ class AdapterWork:
         digest = hashlib.sha384(request.adapter).digest()
         self._seal(self._answer_path, digest + answer.to_bytes(), "answer")
         self._answer, self._answers_to = answer, digest
+
+    def _count_training(self) -> int:
+        """One more round of DP-SGD in this run; how many there are now. What was counted before MUST be readable."""
+        path, before = self._plan.work / _SPENT_FILE, 0
+        if path.exists():
+            before, _ = read_sealed(path, key=self._key, label=sealed_label(self._plan, "spent"))
+        write_sealed(path, b"", key=self._key, label=sealed_label(self._plan, "spent"), version=before + 1)
+        return before + 1
 
     def _has_answer(self, request: RoundRequest) -> bool:
         """Whether the kept answer, in memory or sealed by an earlier process, is to this request."""

@@ -314,7 +314,7 @@ def _facts_of(answer: RoundAnswer) -> dict[str, Any]:
                 "n_truncated": _count(told["n_truncated"]),
                 "offload": dict(told["offload"]),
             }
-        known = ("wall_s", "cpu_s", "n_steps", "loss")
+        known = ("wall_s", "cpu_s", "n_steps", "loss", "epsilon")
         facts: dict[str, Any] = {key: _number(told[key]) for key in known if key in told}
         return {**facts, "offload": dict(told["offload"])}
     except (KeyError, TypeError, ValueError, RecursionError):

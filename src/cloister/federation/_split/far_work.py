@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cloister.errors import FederationError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from cloister.federation._plan import SplitServerPlan
     from cloister.federation._state import RunState
     from cloister.slicing import BackboneInfo, FarSide
-    from cloister.train import FeatureSource, ShardBody, StepInfo, TaskSpec
+    from cloister.train import Features, FeatureSource, ShardBody, StepInfo, TaskSpec, TrainResult, TrainSpec
 
 
 class FarWork:
@@ -49,10 +50,16 @@ class FarWork:
     # --- loading --------------------------------------------------------------------------------------------------
 
     def load(self) -> None:
-        """Loads the frozen far side and places the adapter; with a finished run, its trained state too."""
-        far = self._fresh_far()
+        """Loads the frozen far side and places the adapter; with a finished run, its trained state too.
+
+        An adapter that training examples choose is placed when training begins; here it is only looked at whether it
+        can be.
+        """
         if self._state.phase in ("finish", "done"):
-            self._checkpointer().load_final(far)
+            far = self._frozen_far()
+            self._restore(far)
+        else:
+            far = self._fresh_far()
         self._far = far
 
     @property
@@ -61,11 +68,27 @@ class FarWork:
 
     def _fresh_far(self) -> FarSide:
         """A far side as training starts from it; the same at every call, for every model that is compared."""
-        from cloister.adapters import add_lora
+        from cloister.train import prepare_adapter, set_precision
 
         far = self._frozen_far()
-        add_lora(far, self._plan.lora, seed=self._plan.train.seed)
+        if prepare_adapter(far, self._plan.adapter, seed=self._plan.train.seed):
+            set_precision(far, self._train_spec.precision)
         return far
+
+    def _restore(self, far: FarSide) -> None:
+        """Adapter and head as the sealed checkpoint of the finished training has them."""
+        from cloister.train import restore_tuned, set_precision
+
+        restore_tuned(far, self._plan.adapter, self._checkpointer(), seed=self._plan.train.seed)
+        set_precision(far, self._train_spec.precision)
+
+    @property
+    def _train_spec(self) -> TrainSpec:
+        """The job's training, in the precision that this run has begun with, whichever machine it is resumed on."""
+        from cloister.train import resolve_precision
+
+        begun = self._state.results.get("precision")
+        return replace(self._plan.train, precision=begun or resolve_precision(self._plan.train.precision))
 
     def _frozen_far(self) -> FarSide:
         from cloister.slicing import inspect_backbone, load_far
@@ -98,23 +121,43 @@ class FarWork:
         from cloister.train import FarTrainer, evaluate
 
         far, source = self._loaded()
+        spec = self._train_spec
+        if "precision" not in self._state.results:
+            self._state.set_result("unseen_labels", self._warn_of_unseen_labels(source, spec))
+            self._state.set_result("precision", spec.precision)
         if self._plan.task.name == "causal-lm" and "before" not in self._state.results:
             before = evaluate(far, source, self._plan.task).as_dict()
             self._state.set_result("before", before)
             self._tell_metric("before", before)
         trainer = FarTrainer(
             far,
-            self._plan.train,
-            self._plan.lora,
+            spec,
+            self._plan.adapter,
             self._plan.task,
             source,
             checkpoint=self._checkpointer(),
             on_step=self._tell_step("federated"),
+            on_held_out=lambda epoch, found: self._tell_metric("epoch", found.as_dict(), epoch=epoch),
             stop=self._stop,
         )
         result = trainer.train()
-        if not self._stop.is_set():
-            self._state.set_result("losses", [round(loss, 6) for loss in result.losses])
+        if self._stop.is_set():
+            return
+        self._state.set_result("losses", [round(loss, 6) for loss in result.losses])
+        if result.best_epoch is not None:
+            self._state.set_result("early_stopping", early_stopping_facts(result, spec, source))
+
+    def _warn_of_unseen_labels(self, source: Features, spec: TrainSpec) -> list[str]:
+        """Names of the clients, each of which is warned of. Which class it is leaves the enclave in no form."""
+        from cloister.train import trained_features
+
+        clients = trained_features(source, spec).clients_with_unseen_labels()
+        for client in clients:
+            cause = (
+                f"client {client} has test examples of a class that no client trains on; no answer to them can be right"
+            )
+            self._emit("warning", cause=cause)
+        return clients
 
     def evaluate(self) -> None:
         """Metrics on the held-out features of every client, per client and overall."""
@@ -123,7 +166,8 @@ class FarWork:
         if "metric" in self._state.results:
             return
         far, source = self._loaded()
-        self._checkpointer().load_final(far)
+        self._restore(far)
+        self._state.results |= adapter_facts(far)  # saved with the metric
         metric = evaluate(far, source, self._plan.task).as_dict()
         self._state.set_result("metric", metric)
         self._tell_metric("after", metric)
@@ -148,7 +192,7 @@ class FarWork:
                 for client in source.clients:
                     if client not in alone and not self._stop.is_set():
                         alone[client] = alone_baseline(
-                            self._fresh_far(), source, client, plan.train, plan.lora, plan.task,
+                            self._fresh_far(), source, client, self._train_spec, plan.adapter, plan.task,
                             on_step=self._tell_step(f"alone/{client}"), stop=self._stop,
                         )  # fmt: skip
                         if self._stop.is_set():
@@ -216,6 +260,28 @@ class FarWork:
 
         return tell
 
-    def _tell_metric(self, when: str, metric: dict[str, Any]) -> None:
+    def _tell_metric(self, when: str, metric: dict[str, Any], **more: Any) -> None:
         if self._plan.live_metrics:
-            self._emit("metric", name=metric["name"], value=metric["value"], per_client=metric["per_client"], when=when)
+            told = {key: metric[key] for key in ("name", "value", "per_client")}
+            self._emit("metric", **told, when=when, **more)
+
+
+def adapter_facts(far: FarSide) -> dict[str, Any]:
+    """What the report says of the adapter (docs/result.md): *public*, counts and never which rows were chosen."""
+    from cloister.adapters import n_trainable, spf_facts
+
+    spf = spf_facts(far)
+    return {"adapter": "spf" if spf else "lora", "spf": spf, "n_trainable": n_trainable(far)}
+
+
+def early_stopping_facts(result: TrainResult, spec: TrainSpec, source: Features) -> dict[str, Any]:
+    """What the report says of early stopping (docs/result.md)."""
+    from cloister.train import trained_features
+
+    return {
+        "patience": spec.patience,
+        "held_out": trained_features(source, spec).n_examples("held-out"),
+        "losses": [round(loss, 6) for loss in result.held_out_losses],
+        "best_epoch": result.best_epoch,
+        "stopped_at_epoch": result.stopped_at_epoch,
+    }

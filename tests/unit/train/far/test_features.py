@@ -190,7 +190,7 @@ def test_manifest_of_another_task_is_refused(job, tmp_path):
 
 
 def test_few_files_stay_open(job, tmp_path, monkeypatch):
-    monkeypatch.setattr("cloister.train._features._MAX_OPEN_FILES", 2)
+    monkeypatch.setattr("cloister.train._sealed_shard._MAX_OPEN_FILES", 2)
     opened = source(job, seal_all(job, tmp_path, per_shard=1), budget=1)
     for key in opened.split("train"):
         opened.get(key)
