@@ -3,6 +3,7 @@
 `ours` is the whole secured data path in one process: near side once, sealed shards, manifests, verification, far side.
 `peer` is the same training without any of it: the un-cut model, ordinary padded batches, the same examples in the same
 order, the same adapter. Clients, processes and attestation are left out, for they change no number that is computed.
+Last, the far side in bfloat16 beside the same in float32, where the processor has bfloat16.
 
     python bench/boundary_cost.py [--quick] [--seeds 5] [--out PATH]
 
@@ -22,7 +23,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -46,11 +47,12 @@ from cloister.train import (
     evaluate,
     open_dataset,
     open_store,
+    resolve_precision,
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench._common import out_path, row, write_csv
+from bench._common import not_run, out_path, row, write_csv
 
 CLIENTS = ("clinic-a", "clinic-b", "clinic-c")
 LORA = LoraSpec(r=8, alpha=16)
@@ -86,6 +88,7 @@ class Outcome:
     loss: float
     n_bytes: int = 0
     seconds: float = 0.0
+    far_seconds: float = 0.0
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -176,19 +179,23 @@ def seal(setting: Setting, boundary: str, folder: Path) -> Sealed:
     return Sealed(parts, n_bytes, time.perf_counter() - began)
 
 
-def run_sealed(setting: Setting, sealed: Sealed, seed: int) -> Outcome:
+def run_sealed(setting: Setting, sealed: Sealed, seed: int, precision: Literal["fp32", "bf16"] = "fp32") -> Outcome:
     """The far half: verify, open, train, evaluate."""
     began = time.perf_counter()
     info = inspect_backbone(setting.model)
     source = FeatureSource(sealed.parts, task=setting.task)
-    spec = replace(setting.spec, seed=seed)
+    spec = replace(setting.spec, seed=seed, precision=precision)
     n_labels = len(setting.task.labels) or None
     far = load_far(
         info, setting.cut, task=setting.task.name, n_labels=n_labels, pooling=setting.task.pooling, seed=seed
     )
+    began_far = time.perf_counter()
     result = FarTrainer(far, spec, LORA, setting.task, source).train()
     found: EvalResult = evaluate(far, source, setting.task)
-    return Outcome(result.losses, found.value, found.loss, sealed.n_bytes, time.perf_counter() - began + sealed.seconds)
+    ended = time.perf_counter()
+    return Outcome(
+        result.losses, found.value, found.loss, sealed.n_bytes, ended - began + sealed.seconds, ended - began_far
+    )
 
 
 # --- the peer -------------------------------------------------------------------------------------------------------
@@ -320,7 +327,28 @@ def compare(setting: Setting, seeds: Sequence[int], folder: Path) -> list[dict[s
     )
     n_bytes = [[float(sealed[b].n_bytes)] * len(seeds) for b in ("int8", "fp32")]
     rows.append(row(f"{setting.name} bytes on the store, int8 / fp32", *n_bytes, "bytes", "<= 0.3"))
-    return rows
+    return rows + compare_precisions(setting, seeds, sealed["int8"], name)
+
+
+def compare_precisions(setting: Setting, seeds: Sequence[int], sealed: Sealed, name: str) -> list[dict[str, Any]]:
+    """The far side in bf16 and in fp32 in alternation, on the same int8 features."""
+    goal = "<= 1.01" if name == "perplexity" else ">= 0.99"
+    measures = [
+        (f"{setting.name} {name}, far side bf16 / fp32", name, goal),
+        (f"{setting.name} far side training and evaluation, bf16 / fp32", "s", ""),
+    ]
+    if resolve_precision("auto") == "fp32":
+        return [not_run(*measure) for measure in measures]
+    bf16, fp32 = [], []
+    for seed in seeds:
+        bf16.append(run_sealed(setting, sealed, seed, "bf16"))
+        fp32.append(run_sealed(setting, sealed, seed))
+        print(f"{setting.name} seed {seed}: bf16 {bf16[-1].metric:.4f}, fp32 {fp32[-1].metric:.4f}", file=sys.stderr)
+    pairs = [(o.metric, o.far_seconds) for o in bf16], [(o.metric, o.far_seconds) for o in fp32]
+    return [
+        row(measure, [pair[i] for pair in pairs[0]], [pair[i] for pair in pairs[1]], unit, goal)
+        for i, (measure, unit, goal) in enumerate(measures)
+    ]
 
 
 def main() -> None:

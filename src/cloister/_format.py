@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -25,6 +27,11 @@ def human_time(seconds: float) -> str:
 def human_metric(name: str, value: float) -> str:
     """Accuracies and other shares as percent, everything else as it is."""
     return f"{100 * value:.1f} %" if is_share(name) else f"{value:.3g}" if value >= 100 else f"{value:.2f}"
+
+
+def human_epsilons(by_client: Mapping[str, float]) -> str:
+    """Privacy spent: alpha 3.20, beta 2.91; empty where there is none."""
+    return ", ".join(f"{client} {epsilon:.2f}" for client, epsilon in sorted(by_client.items()))
 
 
 def is_share(name: str) -> bool:

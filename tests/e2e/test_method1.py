@@ -123,12 +123,3 @@ def test_prefix_fast_lattice_causal_lm(tmp_path: Path):
     assert not (done.run_dir / "clients" / "alpha" / "adapter").exists(), "nothing was to be released"
     answer = predict(done.run_dir, "alpha", ["the old rose 0r1"], max_new_tokens=3, programs=FAKE)
     assert 0 <= answer[0]["n_tokens"] <= 3
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("flower")
-def test_over_the_real_relay(tmp_path: Path):
-    sections = '[method]\nname = "enclave"\nrounds = 1\n[federation]\npatience_s = 2.0\n'
-    job = write_tiny_job(tmp_path, sections=sections, n_train=8, n_test=3, training="epochs = 1\nbatch_size = 8")
-    done = run(job, runs_dir=tmp_path / "runs")
-    assert done.result["rounds"][0]["clients"] == ["alpha", "beta"] and 0.0 <= done.metric <= 1.0

@@ -15,6 +15,7 @@ from cloister.api import Programs
 from cloister.testing import FakeRelay, write_tiny_job
 
 FAKE = Programs(relay=FakeRelay)
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def test_run_report_and_predict(tmp_path: Path):
@@ -64,12 +65,20 @@ def _check_private_files(run_dir: Path) -> None:
     assert json.loads((run_dir / "result.json").read_text())["version"] == 1
 
 
-def test_causal_lm(tmp_path: Path):
-    job = write_tiny_job(tmp_path, clients=("alpha",), task="causal-lm", family="llama")
-    result = run(job, runs_dir=tmp_path / "runs", programs=FAKE)
-    assert result.result["metric"]["name"] == "perplexity"
+def test_the_recipe_of_a_hub_model(tmp_path: Path):
+    """As it stands, on a folder of the same layout as the hub's model, and data of the same names."""
+    write_tiny_job(tmp_path, clients=("hospital-a", "hospital-b"), task="causal-lm", family="qwen2")
+    recipe = (RECIPES / "hub-model" / "job.toml").read_text()
+    tiny = {'"Qwen/Qwen2.5-0.5B"': json.dumps(str(tmp_path / "model")), "cut_layer = 12": "cut_layer = 2",
+            "max_length = 512": "max_length = 32", "lr = 2e-4": "lr = 1e-2"}  # fmt: skip
+    for old, new in tiny.items():
+        assert old in recipe
+        recipe = recipe.replace(old, new)
+    (tmp_path / "job.toml").write_text(recipe)
+    result = run(tmp_path / "job.toml", runs_dir=tmp_path / "runs", programs=FAKE)
+    assert result.result["metric"]["name"] == "perplexity" and result.result["adapter"] == "spf"
     assert result.metric < result.result["before"]["value"]
-    answer = predict(result.run_dir, "alpha", ["the old rose 0r1"], max_new_tokens=3, programs=FAKE)
+    answer = predict(result.run_dir, "hospital-b", ["the old rose 0r1"], max_new_tokens=3, programs=FAKE)
     assert 0 <= answer[0]["n_tokens"] <= 3
 
 

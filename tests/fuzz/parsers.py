@@ -89,7 +89,7 @@ def all_targets(folder: Path) -> list[Target]:
     from tests.fuzz.evidence import attest_targets
 
     honest = [Target(*found) for found in attest_targets(folder)]
-    return [*_wire_targets(), *_channel_targets(), *honest, *_train_targets()]
+    return [*_wire_targets(), *_channel_targets(), *honest, *_adapter_targets(), *_train_targets()]
 
 
 def _wire_targets() -> list[Target]:
@@ -188,6 +188,48 @@ def _flight2(data: bytes) -> bytes:
     server = _server()
     server.flight1()
     return server.flight3(data)
+
+
+def _adapter_targets() -> list[Target]:
+    """States as they travel, and the two files of PEFT's format, each changed beside an honest other one."""
+    import numpy as np
+
+    from cloister import adapters
+
+    lora = adapters.LoraSpec(r=2, alpha=4.0, targets=("q",))
+    names = ("base_model.model.m.0.q.lora_A.weight", "base_model.model.m.0.q.lora_B.weight")
+    head = "base_model.model.score.weight"
+    shapes = {names[0]: (2, 6), names[1]: (5, 2), head: (3, 6)}
+    prefix = adapters.PrefixLayout(n_layers=2, n_heads=2, width=4)
+    specs = [
+        adapters.StateSpec(lora, "sequence-classification", shapes, {}),
+        adapters.StateSpec(
+            adapters.PrefixSpec(3), "causal-lm", {"prompt_encoder.embedding.weight": (3, 16)}, {}, layout=prefix
+        ),
+    ]
+    states = [
+        adapters.AdapterState(spec, {name: np.ones(shape, np.float32) for name, shape in spec.shapes.items()})
+        for spec in specs
+    ]
+    update = adapters.AdapterUpdate(specs[0], states[0].tensors).to_bytes()
+    targets = [
+        Target("adapters.AdapterState", lambda data: adapters.AdapterState.parse(data, specs[0]),
+               [state.to_bytes() for state in states], 20),
+        Target("adapters.AdapterUpdate", lambda data: adapters.AdapterUpdate.parse(data, specs[0]), [update], 20),
+    ]  # fmt: skip
+    for state in states:
+        honest = adapters.peft_files(state)
+        targets += [
+            Target(f"adapters.parse_peft_files, {state.spec.kind}, {name}", _one_of(honest, name), [blob], 2)
+            for name, blob in honest.items()
+        ]
+    return targets
+
+
+def _one_of(honest: dict[str, bytes], name: str) -> Callable[[bytes], object]:
+    from cloister.adapters import parse_peft_files
+
+    return lambda data: parse_peft_files({**honest, name: data})
 
 
 def _train_targets() -> list[Target]:

@@ -11,6 +11,7 @@ from cloister._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from cloister.api._collateral import fetch_for_quote, fetch_for_snp_report
+    from cloister.api._compare import Comparison, compare
     from cloister.api._doctor import examine_machine
     from cloister.api._estimate import Estimate
     from cloister.api._estimate_json import estimate_to_json
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from cloister.api._run import run
 
 _HOME = {
+    "Comparison": "_compare",
     "Estimate": "_estimate",
     "Launch": "_launch",
     "Machine": "_machine",
@@ -34,6 +36,7 @@ _HOME = {
     "Outcome": "_evidence",
     "Programs": "_launch",
     "RunResult": "_result",
+    "compare": "_compare",
     "estimate_to_json": "_estimate_json",
     "examine_machine": "_doctor",
     "fetch_for_quote": "_collateral",
@@ -57,6 +60,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Comparison",
     "Estimate",
     "Launch",
     "Machine",
@@ -64,6 +68,7 @@ __all__ = [
     "Outcome",
     "Programs",
     "RunResult",
+    "compare",
     "estimate_to_json",
     "examine_machine",
     "fetch_for_quote",

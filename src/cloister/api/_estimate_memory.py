@@ -18,6 +18,9 @@ LATTICE_COEFFICIENTS = 2048
 LATTICE_PRIMES = {"faithful": 2, "fast": 1}
 """Words of 4 bytes that a coefficient takes in the transformed domain, one a prime."""
 
+LATTICE_LANES = 16
+"""Features that the kernels take together: keys are kept for a multiple of them."""
+
 LATTICE_TOKENS = 1024
 """Of a block of lattice pads."""
 
@@ -33,12 +36,13 @@ def total(bill: Bill) -> int:
     return sum(bill.values())
 
 
-def lattice_key_bytes(fmt: str, n_outputs: int) -> int:
-    """Keys W S of so many outputs of a direction: 8 KB each for `fast`, twice that for `faithful` with its two primes.
+def lattice_key_bytes(fmt: str, n_in: int, n_out: int) -> int:
+    """S and W S of a layer in one direction: 8 KB for each input and each output with `fast`, 16 KB with `faithful`.
 
-    Design section 2: 17 GB for a 7B model, the outputs of both directions together.
+    Design section 2: 17 GB for a 7B model with `fast`; that is one direction, and the other takes as much again.
     """
-    return n_outputs * LATTICE_COEFFICIENTS * LATTICE_PRIMES[fmt] * 4
+    n_features = sum(-(-n // LATTICE_LANES) * LATTICE_LANES for n in (n_in, n_out))
+    return n_features * LATTICE_COEFFICIENTS * LATTICE_PRIMES[fmt] * _FLOAT_BYTES
 
 
 def masked_bill(shape: ModelShape, machine: Machine, work: Workload, pad: PadMode, fmt: str) -> Bill:
@@ -55,8 +59,8 @@ def masked_bill(shape: ModelShape, machine: Machine, work: Workload, pad: PadMod
     if pad is PadMode.OTP:
         bill["integer weights for W r"] = N_WEIGHT_PLANES[fmt] * sum(linear.n_weights for linear in linears)
     if pad is PadMode.LATTICE:
-        bill["pad keys W S"] = lattice_key_bytes(fmt, sum(n_out for _, n_out in sides))
-        bill["pad keys S"] = lattice_key_bytes(fmt, sum(n_in for n_in, _ in sides))
+        each = sum(lattice_key_bytes(fmt, *part) for linear in linears for part in linear.parts)
+        bill |= {"pad keys, forward": each, "pad keys, backward": each}
         if work.n_tokens % LATTICE_TOKENS:  # the rows of a block that are left, for each layer and direction
             each = sum(N_PLANES[fmt] * n_in + ANSWER_BYTES * n_out + _WORD_BYTES for n_in, n_out in sides)
             bill["pads begun"] = LATTICE_TOKENS * each

@@ -97,11 +97,11 @@ class Child:
         """Exit code, negative for a signal; None while it runs."""
         return self.process.poll() if self.process is not None else None
 
-    def stop(self) -> None:
-        """Terminates the process and everything it started."""
+    def stop(self, patience_s: float = STOP_TIMEOUT_S) -> None:
+        """Terminates the process and everything it started; after `patience_s` without asking."""
         if self.process is None:
             return
-        for sig, patience in ((signal.SIGTERM, STOP_TIMEOUT_S), (signal.SIGKILL, STOP_TIMEOUT_S)):
+        for sig, patience in ((signal.SIGTERM, patience_s), (signal.SIGKILL, STOP_TIMEOUT_S)):
             if self.process.poll() is not None:
                 break
             os.killpg(self.process.pid, sig)

@@ -67,7 +67,7 @@ class MaskedModel:
             )
             self._training = LocalTraining(
                 self._side, source, plan.train, plan.task,
-                proximal_mu=plan.proximal_mu, on_step=self._tell_step, stop=self._stop,
+                proximal_mu=plan.proximal_mu, dp=plan.dp_sgd, on_step=self._tell_step, stop=self._stop,
             )  # fmt: skip
 
     def __repr__(self) -> str:
@@ -94,9 +94,13 @@ class MaskedModel:
             "n_steps": len(found.losses),
             "offload": self.offload_facts(),
         }
-        if self._plan.live_metrics:
+        if self._tells_losses:
             facts["loss"] = round(sum(found.losses) / max(1, len(found.losses)), 6)
         return found.update, found.n_examples, facts
+
+    def epsilon(self, n_rounds: int) -> float | None:
+        """See `LocalModel`."""
+        return self._trained().epsilon(n_rounds)
 
     def evaluate(self, adapter: bytes) -> tuple[int, dict[str, Any]]:
         """See `LocalModel`."""
@@ -152,10 +156,15 @@ class MaskedModel:
             raise RuntimeError("this model was opened without data")
         return self._training
 
+    @property
+    def _tells_losses(self) -> bool:
+        """Epsilon says nothing of the losses of training examples, so with DP-SGD they stay here."""
+        return self._plan.live_metrics and self._plan.dp_sgd is None
+
     def _tell_step(self, info: StepInfo) -> None:
         self._progress = (info.step, info.n_steps)
         fields: dict[str, Any] = {"round": self._round, "step": info.step, "n_steps": info.n_steps, "epoch": info.epoch}
-        if self._plan.live_metrics:
+        if self._tells_losses:
             fields |= {"loss": round(info.loss, 5), "lr": info.lr}
         rate = round(info.examples_per_s, 1)
         self._emit("step", **fields, model=f"client/{self._plan.name}", examples_per_s=rate)

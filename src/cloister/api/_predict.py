@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 CALL_TIMEOUT_S = 300.0
 MAX_NEW_TOKENS = 64
+TEXTS_AT_ONCE = 256
+"""In one question; fewer where their boundary tensors would not fit one."""
+_QUESTION_BYTES = 32 << 20  # of the 64 MiB that a question may have
 
 
 def predict(
@@ -56,35 +59,76 @@ def predict(
         ConfigError: no such run or client.
         AttestationError: the enclave's evidence was refused; no boundary tensor was sent.
     """
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "on_event": on_event, "programs": programs}
+    return predict_all(run_dir, {client: texts}, **options)[client]
+
+
+def predict_all(
+    run_dir: str | Path,
+    questions: Mapping[str, Sequence[str | tuple[str, str]]],
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    on_event: OnEvent | None = None,
+    programs: Programs | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """`predict` for several clients, one after the other, each with its own texts; an enclave is started once.
+
+    Only on a machine that plays all of these clients: each one's texts are its own.
+
+    Raises:
+        ConfigError, AttestationError: see `predict`.
+    """
     folder = RunFolder.open(Path(run_dir))
     job = folder.read_job()
-    if client not in job.client_names:
-        raise ConfigError(
-            f"{client} is no client of {folder.run_id}", hint=f"its clients are {', '.join(job.client_names)}"
-        )
+    for client in questions:
+        if client not in job.client_names:
+            raise ConfigError(
+                f"{client} is no client of {folder.run_id}", hint=f"its clients are {', '.join(job.client_names)}"
+            )
     if not folder.result.is_file():
         raise FederationError(f"{folder.run_id} is not finished", hint="resume it with `cloister run --resume`")
     tell = on_event or (lambda _event: None)
     if job.method.name == "enclave":
-        launch = Launch(job, folder, on_event=tell, programs=programs)
-        return _ask_own_enclave(launch, job, client, list(texts), max_new_tokens)
-    plan = client_plan(job, folder, Policy.load(folder.policy), client, with_data=False)
+        answers: dict[str, list[dict[str, Any]]] = {}
+        for client, texts in questions.items():
+            launch = Launch(job, folder, on_event=tell, programs=programs)
+            answers[client] = _ask_own_enclave(launch, job, client, list(texts), max_new_tokens)
+        return answers
     with _enclave(job, folder, tell, programs) as socket_path:
-        link = ServerLink(plan, now=time.time, on_decision=lambda found: tell(_decision_event(client, found)))
-        questioner = Questioner(plan, link, lambda blob: _exchange(socket_path, client, blob))
-        questioner.connect()
-        return _ask(plan, questioner, list(texts), max_new_tokens)
+        return {
+            client: _ask(*_connect(job, folder, socket_path, client, tell), list(texts), max_new_tokens)
+            for client, texts in questions.items()
+        }
+
+
+def _connect(
+    job: Job, folder: RunFolder, socket_path: Path, client: str, tell: OnEvent
+) -> tuple[SplitClientPlan, Questioner]:
+    """Method 2: this client's session with the server enclave, after it has verified the enclave's evidence."""
+    plan = client_plan(job, folder, Policy.load(folder.policy), client, with_data=False)
+    link = ServerLink(plan, now=time.time, on_decision=lambda found: tell(_decision_event(client, found)))
+    questioner = Questioner(plan, link, lambda blob: _exchange(socket_path, client, blob))
+    questioner.connect()
+    return plan, questioner
 
 
 def _ask_own_enclave(launch: Launch, job: Job, client: str, texts: list[Any], limit: int) -> list[dict[str, Any]]:
     """Method 1: the client's own enclave has the adapter, and answers its own people."""
+    answers: list[dict[str, Any]] = []
     with launch:
         socket_path = launch.start_asking(client)
-        asked = {"texts": [list(text) if isinstance(text, tuple) else text for text in texts], "max_new_tokens": limit}
-        answers = host_call(socket_path, "ask", asked, timeout_s=CALL_TIMEOUT_S)["answers"]
+        for part in _parts(texts, TEXTS_AT_ONCE):
+            asked = {"texts": [list(text) if isinstance(text, tuple) else text for text in part],
+                     "max_new_tokens": limit}  # fmt: skip
+            answers += host_call(socket_path, "ask", asked, timeout_s=CALL_TIMEOUT_S)["answers"]
     if job.task.name == "sequence-classification":
         return [_classified(answer["probabilities"], job.task.labels) for answer in answers]
     return answers
+
+
+def _parts(texts: list[Any], n: int) -> list[list[Any]]:
+    """The texts in runs of `n`; one empty run for no text, which is refused where questions are made."""
+    return [texts[start : start + n] for start in range(0, max(1, len(texts)), n)]
 
 
 def _exchange(socket_path: Path, client: str, blob: bytes) -> bytes:
@@ -121,7 +165,9 @@ def _ask(plan: SplitClientPlan, questioner: Questioner, texts: list[Any], max_ne
         model_max_length=info.max_length,
     )  # fmt: skip
     if plan.task.name == "sequence-classification":
-        answers = questioner.ask(encoder.question(texts))
+        longest = (plan.task.max_length or info.max_length) * info.hidden_size * 4  # bytes, in fp32
+        parts = _parts(texts, max(1, min(TEXTS_AT_ONCE, _QUESTION_BYTES // longest)))
+        answers = [answer for part in parts for answer in questioner.ask(encoder.question(part))]
         return [_classified(answer["probabilities"], plan.task.labels) for answer in answers]
     return [_complete(text, encoder, questioner, tokenizer, max_new_tokens) for text in texts]
 

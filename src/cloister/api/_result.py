@@ -64,6 +64,9 @@ def build_result(
         "before": report.get("before"),
         "baselines": report.get("baselines", {}),
         "losses": report.get("losses", []),
+        "precision": report.get("precision"),
+        "early_stopping": report.get("early_stopping"),
+        "unseen_labels": report.get("unseen_labels", []),
         "n_examples": report["n_examples"],
         "n_truncated": report.get("n_truncated", {}),
         "left_out": report["left_out"],
@@ -80,7 +83,10 @@ def build_result(
         "pad": _pad(report),
         "rounds": report.get("rounds", []),
         "adapter": report.get("adapter", "lora"),
+        "spf": report.get("spf"),
+        "n_trainable": report.get("n_trainable"),
         "epsilon": report.get("epsilon"),
+        "epsilon_per_example": _epsilon_per_example(report),
         "boundary": report.get("boundary"),
         "cut_layer": report.get("cut_layer"),
         "release": report["release"],
@@ -88,6 +94,12 @@ def build_result(
         "visibility": visibility(job, report),
         "versions": versions(),
     }
+
+
+def _epsilon_per_example(report: dict[str, Any]) -> dict[str, float]:
+    """What DP-SGD has spent at each client, as it said last."""
+    told = [(name, facts) for found in report.get("rounds", []) for name, facts in found["per_client"].items()]
+    return {name: facts["epsilon"] for name, facts in told if "epsilon" in facts}
 
 
 def phase_times(events: list[Event]) -> dict[str, float]:

@@ -49,6 +49,11 @@ class LiveView:
         """Takes the panel away; later events still show as lines."""
         self._live.stop()
 
+    def note(self, event: dict[str, Any]) -> None:
+        """Takes an event in without a line above the panel."""
+        with self._lock:
+            self.board.apply(event)
+
     def __call__(self, event: dict[str, Any]) -> None:
         with self._lock:
             self.board.apply(event)

@@ -81,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("job", metavar="JOB", help="a job file")
     _add_run(add("run", *_help.RUN))
     _add_predict(add("predict", *_help.PREDICT))
+    _add_compare(add("compare", *_help.COMPARE, module="_compare"))
     _add_plan(add("plan", *_help.PLAN, module="_plan"))
     add_attest_commands(add, group)
     _add_accelerator(add("accelerator", *_help.ACCELERATOR, module="_accelerator"))
@@ -137,6 +138,19 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     given.add_argument("texts", nargs="*", default=[], metavar="TEXT", help="texts to classify, or prompts")
     given.add_argument("--file", metavar="F", help="one text a line; .jsonl with text, text_b; - is stdin")
     parser.add_argument("--json", action="store_true", help="one JSON object for each text on stdout")
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", nargs="?", metavar="JOB", help="a job file; with --resume may be left out")
+    parser.add_argument("--only", metavar="M1,M2", help="these methods (default: all that can run the job)")
+    parser.add_argument("--seeds", metavar="S", help="0,1,2 are those; 3 alone is how many, from 0 on (default: 3)")
+    parser.add_argument("--lr", action="append", metavar="METHOD=RATE", help="a learning rate of a method's own")
+    parser.add_argument("--generate", type=int, metavar="N", help="complete N held-out prompts (causal-lm; default: 0)")
+    parser.add_argument("--out", default="compare", metavar="DIR", help="where its folder goes (default: compare)")
+    parser.add_argument("--resume", metavar="DIR", help="go on with this folder, such as compare/quickstart")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--json", action="store_true", help="events and the table as JSON lines on stdout")
+    shown.add_argument("--plain", action="store_true", help="plain lines, as when stdout is no terminal")
 
 
 def _add_accelerator(parser: argparse.ArgumentParser) -> None:

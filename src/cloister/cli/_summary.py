@@ -6,7 +6,7 @@ import os.path
 from pathlib import Path
 from typing import Any
 
-from cloister._format import human_bytes, human_metric, human_time
+from cloister._format import human_bytes, human_epsilons, human_metric, human_time
 from cloister.cli._views import STAMP
 from cloister.report import model_rows
 
@@ -24,6 +24,8 @@ def summary(result: dict[str, Any], run_dir: Path) -> str:
         lines.append(f"pad       {pad['mode']}, ring {pad['ring']}: {pad['assumption']}")
     if result.get("epsilon") is not None:
         lines.append(f"privacy   epsilon {result['epsilon']:.2f} for each client")
+    if spent := result.get("epsilon_per_example"):
+        lines.append(f"privacy   epsilon for each example: {human_epsilons(spent)}")
     if result.get("left_out"):
         lines.append(f"left out  {', '.join(result['left_out'])} (did not deliver in time)")
     if result.get("simulated"):

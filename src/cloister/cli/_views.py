@@ -43,6 +43,10 @@ class View(Protocol):
 
     def __call__(self, event: Event) -> None: ...
 
+    def note(self, event: Event) -> None:
+        """Take an event in without a line of it."""
+        ...
+
     def close(self) -> None:
         """Leave the screen to others; later events still show as lines."""
         ...
@@ -68,6 +72,9 @@ class _BaseView:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def note(self, event: Event) -> None:
+        self.board.apply(event)
 
     def close(self) -> None:
         return None
@@ -195,7 +202,7 @@ def _metric_lines(event: Event, board: Board) -> list[str]:
     words = {
         "before": "before tuning",
         "after": "tuned together",
-        "epoch": f"after epoch {event.get('epoch')}",
+        "epoch": f"after epoch {event.get('epoch')}, on examples held out of training",
         "majority": "majority class",
         "linear-head": "linear head on the frozen model",
         "alone": f"{client} alone",

@@ -20,6 +20,7 @@ from cloister.config._models import (
     TaskConfig,
     TrainingConfig,
 )
+from cloister.config._rewrite import rewrite_job
 from cloister.config._template import job_template
 from cloister.config._toml import job_to_toml
 
@@ -43,4 +44,5 @@ __all__ = [
     "job_to_toml",
     "load_job",
     "parse_job",
+    "rewrite_job",
 ]

@@ -75,6 +75,52 @@ def lines(
     return _svg(width, height, label, parts)
 
 
+def intervals(
+    rows: Sequence[tuple[str, float, float | None, float | None, str]],
+    *,
+    label: str,
+    percent: bool,
+    mark: float | None = None,
+    width: int = 640,
+) -> Markup:
+    """A point with its interval on each line: (name, value, low, high, value as text), over one axis.
+
+    Args:
+        percent: whether the axis counts in hundredths.
+        mark: where a dotted line stands, such as at no difference.
+    """
+    right, height, bottom = 96, 30, 30
+    left = min(width // 2, 20 + 7.4 * max(len(name) for name, *_ in rows))
+    known = [x for _, value, low, high, _ in rows for x in (value, low, high) if x is not None]
+    ends = [*known, *([mark] if mark is not None else [])]
+    ticks = _ticks_around(min(ends), max(ends), 3)  # more would write over each other
+    start, span = ticks[0], ticks[-1] - ticks[0]
+
+    def place(x: float) -> float:
+        return left + (width - left - right) * (x - start) / span
+
+    total = len(rows) * height
+    parts = []
+    for tick in ticks:
+        shown = f"{100 * tick:g} %" if percent else f"{tick:g}"
+        x = place(tick)
+        parts.append(f'<path d="M{x:.1f} 0V{total}" stroke="{GRID}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{total + 18}" text-anchor="middle" fill="{QUIET}">{shown}</text>')
+    if mark is not None:
+        parts.append(f'<path d="M{place(mark):.1f} 0V{total}" stroke="{QUIET}" stroke-dasharray="2 4"/>')
+    for i, (name, value, low, high, shown) in enumerate(rows):
+        y = i * height + height / 2
+        parts.append(f'<text x="{left - 12:.1f}" y="{y + 4}" text-anchor="end">{escape(name)}</text>')
+        if low is not None and high is not None:
+            parts.append(
+                f'<path d="M{place(low):.1f} {y - 5}v10m0 -5H{place(high):.1f}m0 -5v10" stroke="{ACCENT}"'
+                ' stroke-width="1.6" fill="none"/>'
+            )
+        parts.append(f'<circle cx="{place(value):.1f}" cy="{y}" r="4.5" fill="{ACCENT}"/>')
+        parts.append(f'<text x="{width - right + 12}" y="{y + 4}">{escape(shown)}</text>')
+    return _svg(width, total + bottom, label, parts)
+
+
 def columns(
     groups: Sequence[str],
     series: Sequence[tuple[str, Sequence[float | None]]],
@@ -82,9 +128,10 @@ def columns(
     label: str,
     top: float,
     percent: bool,
+    width: int = 500,
 ) -> Markup:
     """Upright bars in groups, one bar of each series in every group; a missing value leaves a gap."""
-    width, height, left, bottom, above = 500, 290, 46, 34, 20
+    height, left, bottom, above = 290, 46, 34, 20
     inner = height - bottom - above
     parts = []
     for tick in _ticks(0, top, 5):
@@ -173,3 +220,15 @@ def _ticks(low: float, high: float, n: int) -> list[float]:
     step = next(unit * k for k in (1, 2, 2.5, 5, 10) if unit * k >= raw * 0.999)
     count = math.ceil(span / step - 1e-9)
     return [round(low + i * step, 10) for i in range(count + 1)]
+
+
+def _ticks_around(low: float, high: float, n: int) -> list[float]:
+    """About `n` round numbers that enclose both ends, wherever they lie."""
+    if high - low < 1e-6 * max(1.0, abs(low), abs(high)):
+        pad = max(0.05 * abs(low), 0.01)
+        low, high = low - pad, high + pad
+    raw = (high - low) / n
+    unit = 10 ** math.floor(math.log10(raw))
+    step = next(unit * k for k in (1, 2, 2.5, 5, 10) if unit * k >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 10) for i in range(first, last + 1)]

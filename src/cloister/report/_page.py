@@ -13,7 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 from cloister._files import write_whole
-from cloister._format import human_bytes, human_metric, human_time, is_share
+from cloister._format import human_bytes, human_epsilons, human_metric, human_time, is_share
 from cloister.report import _charts
 from cloister.report._models import ModelRow, model_rows
 
@@ -58,6 +58,11 @@ def write_report(run_dir: Path, result: dict[str, Any], events: list[Event]) -> 
 
 def render_report(result: dict[str, Any], events: list[Event]) -> str:
     """The page as text. Sections without anything to show are left out."""
+    return render("report.html.j2", _context(result, events))
+
+
+def render(template: str, context: dict[str, Any]) -> str:
+    """A template of this package, filled in; every text is escaped."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -67,7 +72,7 @@ def render_report(result: dict[str, Any], events: list[Event]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2").render(_context(result, events))
+    return environment.get_template(template).render(context)
 
 
 def _context(result: dict[str, Any], events: list[Event]) -> dict[str, Any]:
@@ -338,15 +343,38 @@ def _phases(result: dict[str, Any]) -> dict[str, Any] | None:
             "total": human_time(result.get("wall_s") or sum(s for _, s in found))}  # fmt: skip
 
 
+def _early_stopping(result: dict[str, Any]) -> str | None:
+    found = result.get("early_stopping")
+    if not found:
+        return None
+    ended = f"stopped after {at}" if (at := found["stopped_at_epoch"]) else f"did not stop in {len(found['losses'])}"
+    return f"kept epoch {found['best_epoch']}, {ended} (held-out loss {min(found['losses']):.3f})"
+
+
+def _criterion(spf: dict[str, Any] | None) -> str | None:
+    if not spf:
+        return None
+    chosen, of = spf["chosen"], spf["of"]
+    counts = [
+        f"{chosen[key]} of {of[key]} {words}" for key, words in (("head_groups", "head groups"), ("neurons", "neurons"))
+    ]
+    return f"{spf['criterion']}: {', '.join(counts)}"
+
+
 def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
     facts = [
         ("method", _METHODS.get(str(result.get("method")), result.get("method"))),
         ("task", result.get("task")),
         ("adapter", result.get("adapter")),
+        ("rows by", _criterion(result.get("spf"))),
+        ("numbers that train", result.get("n_trainable")),
         ("rounds", len(result.get("rounds") or []) or None),
         ("epsilon for each client", result.get("epsilon")),
+        ("epsilon for each example", human_epsilons(result.get("epsilon_per_example") or {})),
         ("blocks on the clients", result.get("cut_layer")),
         ("boundary tensors", result.get("boundary")),
+        ("far side computed in", result.get("precision")),
+        ("early stopping", _early_stopping(result)),
         ("released at the end", {"none": "nothing"}.get(str(result.get("release")), result.get("release"))),
         ("seed", result.get("seed")),
         *(result.get("versions") or {}).items(),

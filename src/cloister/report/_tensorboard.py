@@ -48,10 +48,11 @@ def _scalars(events: list[dict[str, Any]]) -> Iterator[tuple[str, tuple[float, i
         elif event.get("event") == "metric" and event.get("value") is not None:
             when = str(event.get("when"))
             model = "federated" if when in ("before", "epoch", "after") else when
+            group = "held-out" if when == "epoch" else "eval"
             # In Method 1 nobody trains the common model by itself: its steps are the clients'.
             at = max(last_step.values(), default=0) if model == "federated" else 0
             step = 0 if when == "before" else last_step.get(model, at)
-            yield model, (t, step, f"eval/{event['name']}", float(event["value"]))
+            yield model, (t, step, f"{group}/{event['name']}", float(event["value"]))
             for client, value in sorted((event.get("per_client") or {}).items()):
                 if value is not None:
-                    yield model, (t, step, f"eval/{event['name']}/{client}", float(value))
+                    yield model, (t, step, f"{group}/{event['name']}/{client}", float(value))

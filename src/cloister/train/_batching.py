@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from cloister.offload import OffloadedLinear
+
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
@@ -18,11 +20,18 @@ if TYPE_CHECKING:
 _BLOCK_OVERHEAD_S = 1.5e-3
 _FLOP_PER_S = 140e9
 _MAX_PIECE_EXAMPLES = 256  # keeps the search quick for huge batches, and a piece this large has no overhead to speak of
+_NEVER = 1 << 40
 _FLOP_PER_WEIGHT = 4  # a multiplication and an addition, forwards and backwards; frozen weights get no gradient
 
 
 def overhead_tokens(blocks: nn.Module, n_blocks: int) -> int:
-    """How many tokens could be computed in the time that one more piece costs."""
+    """How many tokens could be computed in the time that one more piece costs.
+
+    Over masked layers more than any batch has: they leave padding out anyway, and the accelerator would see the lengths
+    of each piece in place of the batch's.
+    """
+    if any(isinstance(module, OffloadedLinear) for module in blocks.modules()):
+        return _NEVER
     # Not the parameters: SPF's frozen weights are none, and what trains of them is a part of them.
     n_weights = sum(tensor.numel() for tensor in blocks.state_dict().values() if tensor.dim() >= 2)
     return int(n_blocks * _BLOCK_OVERHEAD_S * _FLOP_PER_S / (_FLOP_PER_WEIGHT * max(1, n_weights)))

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from cloister.api._result import RunResult, _bytes, _pad
+from cloister.api._result import RunResult, _bytes, _epsilon_per_example, _pad
 
 TOLD: dict[str, Any] = {
     "pad": "otp", "assumption": "Pads are random.", "format": "faithful", "bucket": 16, "pad_elements": 7,
@@ -26,6 +26,15 @@ def test_bytes_by_boundary():
     crossed = {"store": 0, "relay": 9}
     assert _bytes({"bytes": crossed, "offload": {"alpha": TOLD, "beta": TOLD}}) == {"relay": 9, "accelerator": 22}
     assert _bytes({"bytes": crossed}) == crossed and _pad({"offload": {}}) is None
+
+
+def test_epsilon_of_examples_is_what_each_client_said_last():
+    rounds = [
+        {"per_client": {"alpha": {"epsilon": 1.0}, "beta": {"epsilon": 1.5}, "gamma": {}}},
+        {"per_client": {"alpha": {"epsilon": 2.0}}},
+    ]
+    assert _epsilon_per_example({"rounds": rounds}) == {"alpha": 2.0, "beta": 1.5}
+    assert _epsilon_per_example({}) == {}
 
 
 def test_a_run_without_a_metric_has_none():

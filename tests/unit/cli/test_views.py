@@ -40,6 +40,19 @@ def test_plain_lines_tell_the_run_in_few_words():
     assert lines[0].startswith("[ 0:00] ") and lines[-1].startswith("[ 1:")
 
 
+def test_a_metric_after_an_epoch_is_said_to_be_of_held_out_training_examples():
+    event = {
+        "t": 1.0,
+        "event": "metric",
+        "name": "accuracy",
+        "value": 0.5,
+        "per_client": {},
+        "when": "epoch",
+        "epoch": 3,
+    }
+    assert plain([event]) == ["[ 0:00]   accuracy 50.0 %: after epoch 3, on examples held out of training"]
+
+
 def test_progress_is_limited_but_its_end_is_always_told():
     steps = [
         {"t": i / 10, "event": "step", "step": i, "n_steps": 100, "loss": 1.0, "examples_per_s": 1.0, "epoch": 0}

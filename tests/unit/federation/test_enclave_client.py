@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cloister.errors import AdapterError, DataError, FederationError, MalformedMessageError
+from cloister.errors import AdapterError, DataError, DecryptionError, FederationError, MalformedMessageError
 from cloister.federation import AdapterWork, read_adapter
 from cloister.wire import AdmitAnswer, AdmitRequest, PrepareRequest, RoundAnswer, RoundProgress, RoundRequest
 
@@ -32,6 +32,7 @@ class FakeModel:
         self.saved: list[bytes] = []
         self.fails: Exception | None = None
         self.stopped = False
+        self.is_private = False
 
     def admission(self) -> AdmitAnswer:
         return ADMISSION
@@ -43,6 +44,9 @@ class FakeModel:
             raise self.fails
         self.trained.append((adapter, n_round))
         return b"update of " + adapter + b" %d" % len(self.trained), 5, {"loss": 1.0}
+
+    def epsilon(self, n_rounds: int) -> float | None:
+        return 0.5 * n_rounds if self.is_private else None
 
     def evaluate(self, adapter: bytes) -> tuple[int, dict[str, Any]]:
         return 2, {"sums": None}
@@ -59,7 +63,7 @@ class FakeModel:
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Any:
-    return SimpleNamespace(name="north", run_id="run-1", job_sha384=b"\5" * 48, work=tmp_path)
+    return SimpleNamespace(name="north", run_id="run-1", job_sha384=b"\5" * 48, work=tmp_path, dp_sgd=None)
 
 
 def work_of(plan: Any, model: FakeModel | None = None, *, admitted: bool = True) -> tuple[AdapterWork, FakeModel]:
@@ -244,6 +248,71 @@ def test_a_release_is_kept_also_after_a_restart(plan: Any):
     again, other = work_of(plan, admitted=False)
     again.keep_release(b"final")
     assert model.saved == other.saved == [b"final"]
+
+
+# --- DP-SGD -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def private(plan: Any) -> Any:
+    return SimpleNamespace(**{**vars(plan), "dp_sgd": object()})
+
+
+def private_work(plan: Any) -> AdapterWork:
+    model = FakeModel()
+    model.is_private = True
+    return work_of(plan, model)[0]
+
+
+def epsilon_of(answer: Any) -> float:
+    return json.loads(answer.facts)["epsilon"]
+
+
+def test_what_dp_sgd_spends_is_told_and_adds_up(private: Any):
+    work = private_work(private)
+    assert [epsilon_of(work.serve(train(n))) for n in (1, 2, 3)] == [0.5, 1.0, 1.5]
+    assert "epsilon" not in json.loads(work.serve(RoundRequest(4, "evaluate", b"A", LONG)).facts)  # type: ignore[union-attr]
+
+
+def test_an_answer_that_is_given_again_spends_nothing_more(private: Any):
+    work = private_work(private)
+    assert [epsilon_of(work.serve(train(adapter=adapter))) for adapter in (b"A", b"A", b"")] == [0.5] * 3
+    assert epsilon_of(private_work(private).serve(train())) == 0.5  # restarted: from the kept answer
+
+
+def test_the_same_round_trained_anew_spends_again(private: Any):
+    """As a server enclave whose state its host rolled back could ask for."""
+    work = private_work(private)
+    assert [epsilon_of(work.serve(train(adapter=adapter))) for adapter in (b"A", b"B")] == [0.5, 1.0]
+
+
+def test_a_training_that_died_has_spent_its_share(private: Any):
+    model = FakeModel()
+    model.is_private = True
+    model.go_on.clear()
+    work, _ = work_of(private, model)
+    work.serve(train(patience_s=AT_ONCE))  # and is killed here
+    assert model.begun.wait(LONG)
+    assert epsilon_of(private_work(private).serve(train())) == 1.0
+    model.go_on.set()
+
+
+def test_a_count_that_the_host_changed_is_refused(private: Any):
+    private_work(private).serve(train())
+    path = private.work / "spent.sealed"
+    sealed = path.read_bytes()
+    path.write_bytes(sealed[:-1] + bytes([sealed[-1] ^ 1]))
+    with pytest.raises(DecryptionError, match=r"spent\.sealed"):
+        private_work(private).serve(train(2))
+    other = SimpleNamespace(**{**vars(private), "run_id": "run-2"})  # of another run, put in this one's place
+    with pytest.raises(DecryptionError):
+        private_work(other).serve(train())
+
+
+def test_without_dp_sgd_nothing_is_counted(plan: Any):
+    work, _ = work_of(plan)
+    assert "epsilon" not in json.loads(work.serve(train()).facts)  # type: ignore[union-attr]
+    assert not (plan.work / "spent.sealed").exists()
 
 
 def test_a_request_of_the_other_method_is_refused(plan: Any):

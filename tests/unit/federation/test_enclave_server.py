@@ -303,7 +303,8 @@ def test_too_few_updates_end_the_run_with_their_causes(tmp_path: Path, no_client
 
 
 BAD_FACTS = [b"", b"[]", b"3", b"{}", b"[" * 100_000, b'{"offload": 3}', b'{"offload": {}, "loss": NaN}',
-             b'{"offload": {}, "loss": "low"}', b'{"offload": {}, "n_steps": true}']  # fmt: skip
+             b'{"offload": {}, "loss": "low"}', b'{"offload": {}, "n_steps": true}',
+             b'{"offload": {}, "epsilon": 1e999}']  # fmt: skip
 
 
 @pytest.mark.parametrize("facts", BAD_FACTS, ids=range(len(BAD_FACTS)))
@@ -312,6 +313,19 @@ def test_a_client_that_tells_nonsense_does_not_end_the_run_of_the_others(world: 
     report = world.report(world.run())
     assert [r["clients"] for r in report["rounds"]] == [["alpha", "beta"]] * 2
     assert "client gamma: what it told of its work does not parse" in [e["cause"] for e in world.said("error")]
+
+
+def test_what_dp_sgd_has_spent_is_in_the_report_of_each_round(world: World):
+    told = {"wall_s": 0.1, "cpu_s": 0.1, "n_steps": 3, "epsilon": 2.5, "offload": OFFLOAD}
+    gamma = world.clients["gamma"]
+    gamma.change = lambda m: (
+        RoundAnswer(m.round, "train", gamma.trained(m.round), 10, json.dumps(told).encode())
+        if isinstance(m, RoundRequest) and m.work == "train" and m.adapter
+        else None
+    )
+    rounds = world.report(world.run())["rounds"]
+    assert [r["per_client"]["gamma"]["epsilon"] for r in rounds] == [2.5, 2.5]
+    assert "epsilon" not in rounds[0]["per_client"]["alpha"]
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,29 @@ class Page(HTMLParser):
         self.text += data
 
 
+def test_what_spf_trains_is_among_the_facts(result, events):
+    counts = {"head_groups": 3, "neurons": 10, "attention_rows": 96, "feed_forward_rows": 20}
+    spf = {
+        "criterion": "fisher",
+        "heads": 0.5,
+        "neurons": 0.1,
+        "chosen": counts,
+        "of": {k: 9 * v for k, v in counts.items()},
+    }
+    page = render_report(result | {"adapter": "spf", "spf": spf, "n_trainable": 4242}, events)
+    for shown in ("fisher: 3 of 27 head groups, 10 of 90 neurons", "4242"):
+        assert shown in page
+
+
+def test_precision_and_early_stopping_are_among_the_facts(result, events):
+    assert "early stopping" not in Page(render_report(result, events)).text
+    found = {"patience": 1, "held_out": {"a": 3}, "losses": [0.7, 0.5, 0.6], "best_epoch": 2, "stopped_at_epoch": 3}
+    text = Page(render_report({**result, "precision": "bf16", "early_stopping": found}, events)).text
+    assert "bf16" in text and "kept epoch 2, stopped after 3 (held-out loss 0.500)" in text
+    told = {**found, "stopped_at_epoch": None}
+    assert "kept epoch 2, did not stop in 3" in Page(render_report({**result, "early_stopping": told}, events)).text
+
+
 def test_the_page_shows_the_run(result, events):
     html = render_report(result, events)
     page = Page(html)

@@ -65,10 +65,13 @@ def test_refusals_and_gaps_of_a_round_are_told(result: dict[str, Any], events: l
     }  # fmt: skip
     result["rounds"][0]["per_client"] = {}
     result["epsilon"] = 3.25
+    result["epsilon_per_example"] = {"beta": 2.0, "alpha": 1.375}
     page = render_report(result, events)
     assert "beta: norm 9 &lt;too large&gt;" in page and "gamma" in page and "3.25" in page
+    assert "epsilon for each example" in page and "alpha 1.38, beta 2.00" in page
     said = summary(result, Path("runs/x"))
     assert "rounds    2, 3 updates aggregated, 1 refused, 1 missing" in said and "epsilon 3.25" in said
+    assert "privacy   epsilon for each example: alpha 1.38, beta 2.00\n" in said
 
 
 def test_without_live_metrics_there_is_no_curve(result: dict[str, Any], events: list[dict[str, Any]]):

@@ -46,6 +46,25 @@ def test_a_run_that_tells_no_metrics_writes_what_it_tells(tmp_path: Path):
     write_tensorboard(tmp_path, [])
 
 
+def test_metrics_on_held_out_training_examples_have_curves_of_their_own(tmp_path: Path):
+    events = [
+        {"t": 1.0, "event": "step", "step": 4, "n_steps": 8, "loss": 1.0},
+        {
+            "t": 1.1,
+            "event": "metric",
+            "name": "accuracy",
+            "value": 0.5,
+            "per_client": {"a": 0.5},
+            "when": "epoch",
+            "epoch": 1,
+        },
+        {"t": 1.2, "event": "metric", "name": "accuracy", "value": 0.25, "per_client": {}, "when": "after"},
+    ]
+    found = read(write_tensorboard(tmp_path, events) / "federated")
+    assert (found["held-out/accuracy"], found["eval/accuracy"]) == ([(4, 0.5)], [(4, 0.25)])
+    assert found["held-out/accuracy/a"] == [(4, 0.5)]
+
+
 def test_no_torch_is_imported(tmp_path: Path):
     code = (
         "import sys, pathlib; from cloister.report import write_tensorboard, render_report;"

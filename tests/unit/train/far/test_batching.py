@@ -10,6 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from cloister.offload import FrozenLinear, OffloadedGroup, OffloadSession
+from cloister.ring import FAITHFUL
+from cloister.testing import FakeAccelerator
 from cloister.train._batching import collate, micro_batches, overhead_tokens
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=7)
@@ -62,6 +65,18 @@ def test_dear_pieces_are_not_cut():
 def test_overhead_is_larger_for_small_models():
     small, large = nn.ModuleList([nn.Linear(8, 8)]), nn.ModuleList([nn.Linear(800, 800)])
     assert overhead_tokens(small, 1) > 100 * overhead_tokens(large, 1)
+
+
+def test_over_masked_layers_a_batch_is_not_cut():
+    """The accelerator sees the sum of a batch's lengths, not those of pieces of like length."""
+    with OffloadSession(FakeAccelerator(), FAITHFUL) as session:
+        masked = nn.Sequential(
+            nn.Linear(2000, 2000), *OffloadedGroup(session, [FrozenLinear("x", torch.ones(4, 4))]).members
+        )
+        overhead = overhead_tokens(masked, 1)
+    lengths = [1, 500] * 8
+    assert [len(piece) for piece in micro_batches(lengths, overhead=overhead, max_examples=16)] == [16]
+    assert len(micro_batches(lengths, overhead=overhead_tokens(masked[:1], 1), max_examples=16)) == 2
 
 
 @pytest.mark.parametrize("lengths", [[4], [3, 1, 2], [2, 2]])

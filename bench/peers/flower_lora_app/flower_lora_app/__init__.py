@@ -1,1 +1,0 @@
-"""A Flower app: sequence classification with a sentence encoder, LoRA and FedAvg."""
