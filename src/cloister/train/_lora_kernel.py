@@ -43,7 +43,7 @@ class _LowRank(torch.autograd.Function):
         # Below the first adapted layer nothing trains, so its input's gradient, a third of its work, is not asked for.
         gx = torch.mm(g, weight).addmm_(gh, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
         ga = torch.mm(gh.t(), x2) if ctx.needs_input_grad[3] else None
-        gb = torch.mm(g.t(), h).mul_(ctx.scaling) if ctx.needs_input_grad[4] else None
+        gb = torch.mm(h.t(), g).mul_(ctx.scaling).t() if ctx.needs_input_grad[4] else None  # lying: many times faster
         return gx, None, None, ga, gb, None
 
 
