@@ -49,7 +49,7 @@ def variants(only: str | None, *, quick: bool) -> list[Variant]:
 
 
 def lattice_variants(only: str | None, *, quick: bool) -> list[Variant]:
-    """What is run with the first seed alone, for its cost."""
+    """What is run with the first seed alone, for its cost; with `--pads lattice`."""
     return [Variant("lora", ring, "lattice") for ring in ("faithful", "fast") if only != "prefix" and not quick]
 
 
@@ -72,7 +72,7 @@ def compare(setting: Setting, folder: Path, args: argparse.Namespace) -> Iterato
     found: Results = {}
     for seed in range(args.seeds):
         chosen = variants(args.only, quick=args.quick)
-        chosen += lattice_variants(args.only, quick=args.quick) if seed == 0 else []
+        chosen += lattice_variants(args.only, quick=args.quick) if seed == 0 and "lattice" in args.pads else []
         sides: list[Variant | Adapter] = [*dict.fromkeys(variant.adapter for variant in chosen), *chosen]
         for side in sides if seed % 2 == 0 else reversed(sides):
             if isinstance(side, Variant):
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--data", choices=("quickstart", *SIZES), default="quickstart")
     parser.add_argument("--only", choices=ADAPTERS, help="one adapter in place of both")
     parser.add_argument("--seeds", type=int, help="default: 3, or 1 with --quick")
+    parser.add_argument("--pads", nargs="+", choices=("otp", "lattice"), default=("otp", "lattice"))
     parser.add_argument("--local-epochs", type=int, default=1, help="in a round; from 2 on the orders differ")
     parser.add_argument("--profile", action="store_true", help="where the CPU time of a step goes")
     parser.add_argument("--out", type=Path)
@@ -172,7 +173,8 @@ def main() -> None:
         print(f"{args.data}: {N_CLIENTS} clients ({sizes}), {N_ROUNDS} rounds", file=sys.stderr)
         # Both sides' libraries once through the page cache, so that whoever is first does not pay for it.
         subprocess.run([sys.executable, "-c", "import peft, transformers.models.bert, flwr.serverapp"], check=True)
-        chosen = [*variants(args.only, quick=args.quick), *lattice_variants(args.only, quick=args.quick)]
+        chosen = variants(args.only, quick=args.quick)
+        chosen += lattice_variants(args.only, quick=args.quick) if "lattice" in args.pads else []
         path = out_path(f"method1_vs_flower_{args.data}", args.out, quick=args.quick)
         for found in compare(setting, folder, args):
             write_csv(path, table(found, chosen))
