@@ -258,8 +258,8 @@ def run_ours(job: Job, folder: Path) -> dict[str, Any]:
     wall_s = time.perf_counter() - began
     told = [facts for done in result["rounds"] for facts in done["per_client"].values()]
     n_steps = sum(facts["n_steps"] for facts in told)
-    ends = result["rounds"][-1]["per_client"].values()  # what is counted from the start on
-    moved = [facts["offload"]["accelerator"] for facts in ends]
+    pad = result["pad"]  # of the whole run, its evaluation included
+    moved = sum(sum(bytes_of.values()) for bytes_of in pad["accelerator_bytes"].values())
     return {
         "metric": result["metric"]["value"],
         "loss": result["metric"]["loss"],
@@ -269,8 +269,8 @@ def run_ours(job: Job, folder: Path) -> dict[str, Any]:
         "enclave_cpu_s": sum(facts["cpu_s"] for facts in told) / n_steps,
         "accelerator_cpu_s": watch.cpu_s / n_steps,
         "round_bytes": result["bytes"]["relay"] / N_ROUNDS,
-        "accelerator_bytes": sum(m["bytes_out"] + m["bytes_in"] for m in moved) / n_steps,
-        "pad_elements": sum(facts["offload"]["pad_elements"] for facts in ends) / n_steps,
+        "accelerator_bytes": moved / n_steps,
+        "pad_elements": sum(pad["elements"].values()) / n_steps,
         "phases_s": result["phases_s"],
         "restarts": result["restarts"],
     }

@@ -131,9 +131,9 @@ def table(found: Results, chosen: Sequence[Variant]) -> list[dict[str, Any]]:
         for measure, unit, goal, value in measures:
             rows.append(row(f"{measure}, {variant}", *pair(value), unit, goal))
         moved = [run["accelerator_bytes"] / 1e6 for run in ours]
-        rows.append(ours_alone(f"bytes to and from an accelerator, a step, {variant}", moved, "MB"))
+        rows.append(ours_alone(f"bytes to and from an accelerator, of the whole run by step, {variant}", moved, "MB"))
         used = [run["pad_elements"] / 1e6 for run in ours]
-        rows.append(ours_alone(f"pad elements, a step, {variant}", used, "millions"))
+        rows.append(ours_alone(f"pad elements, of the whole run by step, {variant}", used, "millions"))
     return rows
 
 
