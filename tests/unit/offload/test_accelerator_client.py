@@ -17,7 +17,7 @@ from tests.unit.offload._links import HASTY, KINDS, PATIENT, ThreadAccelerator, 
 from cloister.errors import AcceleratorLostError, OffloadError
 from cloister.offload import Accelerator
 from cloister.offload._client import ConnectedAccelerator
-from cloister.offload._transport import Link, OwnerLink
+from cloister.offload._transport import Link, OwnerLink, StreamLink
 from cloister.pad import Direction
 from cloister.ring import FAITHFUL, FAST, QuantizedWeight, RingFormat
 from cloister.wire import AcceleratorAnswer, AcceleratorError, AcceleratorHello, AcceleratorMultiply
@@ -72,6 +72,24 @@ def test_products(kind: str, fmt: RingFormat) -> None:
     assert found["bytes_in"] == 4 * sum(elements)
     loads = sum(2 * w.w_q.numel() + 4 * len(w.scales) for w in weights.values())
     assert found["bytes_out"] == fmt.n_planes * sum(elements) + loads
+
+
+def test_an_interrupt_while_an_answer_comes_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of it on the wire must not be taken for the answer to the next question."""
+    weight = make_weight(FAST, 4, 3)
+    with ThreadAccelerator("tcp") as accelerator:
+        accelerator.load("w", weight)
+
+        def interrupted(self: Link, place: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(StreamLink, "pull", interrupted)
+            with pytest.raises(KeyboardInterrupt), accelerator.call("w", Direction.FORWARD, 2) as call:
+                call.planes[:] = 0
+                call.multiply()
+        accelerator.revive()
+        multiply(accelerator, weight, "w", Direction.FORWARD, 2)
 
 
 @LINKS

@@ -77,6 +77,36 @@ def test_serves_the_connection_that_it_was_started_with(calls: list[str]) -> Non
     ours.close()
 
 
+def test_dials_until_the_enclave_listens_and_again_after_it(
+    calls: list[str], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be started before the enclave, and outlives a connection."""
+    listeners: list[socket.socket] = []
+
+    def sleep(seconds: float) -> None:
+        assert 0 < seconds < 1
+        calls.append("sleep")
+        if calls.count("sleep") == 2:
+            listeners.append(socket.socket(socket.AF_UNIX))
+            listeners[0].bind(str(path))
+            listeners[0].listen()
+
+    def serve_connection(connection: socket.socket, device: CpuDevice) -> None:
+        assert connection.gettimeout() is None
+        connection.close()
+        calls.append("serve connection")
+        if calls.count("serve connection") == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_server, "serve_connection", serve_connection)
+    with pytest.raises(KeyboardInterrupt):
+        _process.dial_accelerator(f"unix:{path}", "cpu", on_ready=calls.append, sleep=sleep)
+    listeners[0].close()
+    ready = calls.pop(1)
+    assert ready.startswith(f"unix:{path}: cpu, ")
+    assert calls == ["drop", "sleep", "sleep", "serve connection", "serve connection"]
+
+
 @pytest.mark.parametrize("listen", ["fd:x", "nowhere", "unix:{}/no/folder"])
 def test_says_what_is_wrong(listen: str, calls: list[str], path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     listen = listen.format(path.parent)

@@ -59,7 +59,8 @@ class Server:
             except OSError:
                 return
             self.connections.append(connection)
-            self._serve(connection)
+            with suppress(BrokenPipeError, ConnectionResetError):  # the client hangs up on what it refuses
+                self._serve(connection)
 
     def cut(self) -> None:
         """End the connections that there are."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -105,6 +107,14 @@ def test_padding_for_cuda(shape: tuple[int, int, int], monkeypatch: pytest.Monke
     ((m, k, n, k_again),) = seen
     assert k == k_again
     assert m > 16 and m % 8 == k % 8 == n % 8 == 0  # what torch._int_mm asks of CUDA tensors
+
+
+def test_on_cuda_sizes_are_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[object] = []
+    monkeypatch.setattr(products, "_multiply_padded", lambda *tensors: given.extend(tensors))
+    x, weight, out = SimpleNamespace(is_cuda=True), object(), object()
+    products._multiply(x, weight, out)  # type: ignore[arg-type]
+    assert given == [x, weight, out]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
