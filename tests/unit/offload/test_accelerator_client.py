@@ -17,7 +17,7 @@ from tests.unit.offload._links import HASTY, KINDS, PATIENT, ThreadAccelerator, 
 from cloister.errors import AcceleratorLostError, OffloadError
 from cloister.offload import Accelerator
 from cloister.offload._client import ConnectedAccelerator
-from cloister.offload._transport import Link, OwnerLink, StreamLink
+from cloister.offload._transport import Link, OwnerLink
 from cloister.pad import Direction
 from cloister.ring import FAITHFUL, FAST, QuantizedWeight, RingFormat
 from cloister.wire import AcceleratorAnswer, AcceleratorError, AcceleratorHello, AcceleratorMultiply
@@ -80,14 +80,14 @@ def test_an_interrupt_while_an_answer_comes_ends_the_connection(monkeypatch: pyt
     with ThreadAccelerator("tcp") as accelerator:
         accelerator.load("w", weight)
 
-        def interrupted(self: Link, place: object) -> None:
+        def interrupted(place: object) -> None:
             raise KeyboardInterrupt
 
-        with monkeypatch.context() as patched:
-            patched.setattr(StreamLink, "pull", interrupted)
-            with pytest.raises(KeyboardInterrupt), accelerator.call("w", Direction.FORWARD, 2) as call:
-                call.planes[:] = 0
-                call.multiply()
+        monkeypatch.setattr(accelerator._link, "pull", interrupted)
+        with pytest.raises(KeyboardInterrupt), accelerator.call("w", Direction.FORWARD, 2) as call:
+            call.planes[:] = 0
+            call.multiply()
+        assert accelerator._link is None
         accelerator.revive()
         multiply(accelerator, weight, "w", Direction.FORWARD, 2)
 
