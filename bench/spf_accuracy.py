@@ -279,7 +279,7 @@ def tune(chosen: Sequence[Setting], kept: Kept) -> None:
     todo: list[tuple[str, LoraSpec | SpfSpec, float]] = [(f"lora lr={lr}", LORA, lr) for lr in RATES]
     for share in (0.1, 0.25, 0.5):
         for criterion in ("l1", "gradient"):
-            spec = replace(SPF, heads=max(share, 0.1), neurons=share, criterion=criterion)
+            spec = replace(SPF, heads=share, neurons=share, criterion=criterion)
             todo += [(f"spf {criterion} {share} lr={lr}", spec, lr) for lr in RATES]
     for setting in chosen:
         for name, adapter, lr in todo:
