@@ -17,19 +17,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests._rounds import trained_round
 
 from cloister import run
 from cloister.api import Launch
 from cloister.api._folder import RunFolder
-from cloister.api._local_model import _whole_side, starting_adapter
+from cloister.api._local_model import starting_adapter
 from cloister.api._plans import enclave_client_plan, enclave_server_plan
 from cloister.attest import Policy
 from cloister.federation import Aggregator
-from cloister.offload import OffloadSession
-from cloister.ring import FORMATS
-from cloister.slicing import load_tokenizer, offload_model
-from cloister.testing import FakeAccelerator, write_tiny_job
-from cloister.train import LocalTraining, token_features
+from cloister.testing import write_tiny_job
 
 SECTIONS = """
 [method]
@@ -85,13 +82,7 @@ def _expected_adapter(run_dir: Path, n_rounds: int) -> str:
         given = aggregator.state.to_bytes()
         aggregator.begin([plan.name for plan in plans])
         for plan in plans:
-            side, info = _whole_side(plan)
-            with OffloadSession(FakeAccelerator(), FORMATS[plan.mask.ring], bucket=plan.mask.bucket) as session:
-                offload_model(side, session)
-                source, _ = token_features(
-                    plan.name, plan.datasets, load_tokenizer(info), plan.task, model_max_length=info.max_length
-                )
-                done = LocalTraining(side, source, plan.train, plan.task).train(given, n_round)
+            done, _, _ = trained_round(plan, given, n_round)
             aggregator.add(plan.name, done.n_examples, done.update, round=n_round)
         aggregator.finish()
     return hashlib.sha384(aggregator.to_bytes()).hexdigest()

@@ -60,7 +60,9 @@ def test_a_policy_that_is_changed_during_a_run_is_named(tmp_path: Path) -> None:
     def change(launch: Any) -> None:
         policy = launch._folder.policy
         if not changed and any((launch._folder.client("alpha")).glob("journal*")):
-            policy.write_bytes(policy.read_bytes() + b"\n# another policy\n")
+            new = policy.with_suffix(".new")
+            new.write_bytes(policy.read_bytes() + b"\n# another policy\n")
+            new.replace(policy)  # at once: nobody reads half a policy
             changed.append(policy)
 
     with pytest.raises(PolicyRejectedError) as caught:

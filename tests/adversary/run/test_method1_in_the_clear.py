@@ -15,23 +15,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests._rounds import trained_round
 from tests._search import kinds_in
 
 from cloister import run
 from cloister.adapters import AdapterState, AdapterUpdate
 from cloister.api import Programs
 from cloister.api._folder import RunFolder
-from cloister.api._local_model import _whole_side, starting_adapter
+from cloister.api._local_model import starting_adapter
 from cloister.api._plans import enclave_client_plan, enclave_server_plan
 from cloister.attest import Policy
 from cloister.federation import Aggregator
-from cloister.offload import OffloadSession
 from cloister.pad import Pad
 from cloister.pad._otp import OtpPads
-from cloister.ring import FORMATS
-from cloister.slicing import load_tokenizer, offload_model
-from cloister.testing import FakeAccelerator, FakeRelay, write_tiny_job
-from cloister.train import LocalTraining, token_features
+from cloister.testing import FakeRelay, write_tiny_job
 
 SECTIONS = '[method]\nname = "enclave"\nrounds = 1\n[federation]\npatience_s = 0.5\n'
 CLIENTS = ("alpha", "beta")
@@ -110,14 +107,7 @@ def _needles(job: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Needl
     aggregator.begin(CLIENTS)
     for name in CLIENTS:
         plan = enclave_client_plan(read, folder, policy, name)
-        side, info = _whole_side(plan)
-        accelerator = FakeAccelerator()
-        with OffloadSession(accelerator, FORMATS["faithful"], bucket=plan.mask.bucket) as session:
-            offload_model(side, session)
-            source, _ = token_features(
-                name, plan.datasets, load_tokenizer(info), plan.task, model_max_length=info.max_length
-            )
-            done = LocalTraining(side, source, plan.train, plan.task).train(start.to_bytes(), 1)
+        done, source, accelerator = trained_round(plan, start.to_bytes(), 1)
         aggregator.add(name, done.n_examples, done.update, round=1)
         needles.update |= _runs_of(AdapterUpdate.parse(done.update, start.spec))
         for _, _, planes in accelerator.seen[:: len(accelerator.seen) // 20]:
