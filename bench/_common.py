@@ -120,6 +120,12 @@ def commit() -> str:
     return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "--", "src") else "")
 
 
+def source() -> str:
+    """The trees of the package and of the peers: equal where their files are, whatever the commit."""
+    trees = [_git("rev-parse", f"HEAD:{folder}") for folder in ("src", "native", "bench/peers")]
+    return " ".join(tree[:12] for tree in trees) + _git("status", "--porcelain", "--", "src", "native", "bench/peers")
+
+
 def _git(*arguments: str) -> str:
     argv = ["git", "-C", str(REPOSITORY), *arguments]
     found = subprocess.run(argv, capture_output=True, text=True, check=False)

@@ -28,7 +28,7 @@ N_CLIENTS, N_ROUNDS = 3, 3
 BATCH_SIZE, MAX_LENGTH = 16, 128
 RANK, ALPHA, PREFIX_TOKENS = 8, 16.0, 16
 LEARNING_RATE: dict[Adapter, float] = {"lora": 2e-3, "prefix": 1e-2}
-SIZES = {"hoc": (600, 500), "druglib": (300, 400)}
+SIZES = {"hoc": (300, 400), "druglib": (300, 400)}
 """Examples for training and test of a data set, over all clients; those with the smallest hash of their id."""
 QUICK_SIZES = (96, 96)
 NO_CLIPPING = 1e6  # a norm that no gradient has: the peer clips none

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench._common import source
 from bench.peers.flower_lora import PeerJob
 
 if TYPE_CHECKING:
@@ -36,10 +37,17 @@ def write_rows(path: Path, rows: Rows) -> Path:
 
 
 def in_child(script: Path, folder: Path, name: str, what: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs one side in a fresh process, as a user's command would: `script --side order.json`."""
+    """Runs one side in a fresh process, as a user's command would: `script --side order.json`.
+
+    What the same order gave before, of the same source, is taken from the folder: a bench that was stopped goes on.
+    """
     order = folder / name / "order.json"
+    text = json.dumps({**what, "source": source()}, default=str)
+    if order.with_suffix(".result.json").is_file() and order.read_text(encoding="utf-8") == text:
+        return read_result(order)
     order.parent.mkdir(parents=True, exist_ok=True)
-    order.write_text(json.dumps(what, default=str), encoding="utf-8")
+    order.with_suffix(".result.json").unlink(missing_ok=True)
+    order.write_text(text, encoding="utf-8")
     env = {"CLOISTER_HOME": str(folder / "home"), **os.environ}
     child = subprocess.Popen([sys.executable, str(script.resolve()), "--side", str(order)], env=env)
     try:
@@ -51,7 +59,7 @@ def in_child(script: Path, folder: Path, name: str, what: Mapping[str, Any]) -> 
         raise
     if code:
         sys.exit(f"error: the run {name} failed with {code}\nhint: --keep FOLDER keeps its logs")
-    return json.loads(order.with_suffix(".result.json").read_text(encoding="utf-8"))
+    return read_result(order)
 
 
 def peer_job(given: Mapping[str, Any]) -> PeerJob:
@@ -64,6 +72,11 @@ def peer_job(given: Mapping[str, Any]) -> PeerJob:
 def write_result(order: Path, found: Mapping[str, Any]) -> None:
     """What came of an order, beside it."""
     order.with_suffix(".result.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+def read_result(order: Path) -> dict[str, Any]:
+    """What `write_result` left."""
+    return json.loads(order.with_suffix(".result.json").read_text(encoding="utf-8"))
 
 
 @contextlib.contextmanager

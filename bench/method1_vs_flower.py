@@ -152,7 +152,9 @@ def main() -> None:
     parser.add_argument("--local-epochs", type=int, default=1, help="in a round; from 2 on the orders differ")
     parser.add_argument("--profile", action="store_true", help="where the CPU time of a step goes")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--keep", type=Path, help="work in this folder and leave everything there")
+    parser.add_argument(
+        "--keep", type=Path, help="work in this folder, leave everything there, and go on from what is there"
+    )
     parser.add_argument("--side", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side is not None:

@@ -251,7 +251,9 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", choices=tuple(LAYERS), default=["all"], help="the peer's LoRA")
     parser.add_argument("--peer-threads", type=int, help="of torch in each Flower app; 0: torch's own choice")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--keep", type=Path, help="work in this folder and leave everything there")
+    parser.add_argument(
+        "--keep", type=Path, help="work in this folder, leave everything there, and go on from what is there"
+    )
     parser.add_argument("--side", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side is not None:
