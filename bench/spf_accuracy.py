@@ -1,30 +1,32 @@
 """SPF + LoRA against LoRA alone in the same far side at the same cut, and both against plain FedAvg LoRA on Flower.
 
-On the classification data sets of the project's data folder, several seeds, with the examples dealt out evenly (`iid`)
-or with uneven shares of every label (`dirichlet`). Method 2's runs are the far side's training over the clients'
-quantised boundary tensors, as the server enclave does it (bench/boundary_cost.py shows that sealing changes nothing);
-`fedavg` is bench/peers/flower_lora.py over the whole model. `--secured` adds whole secured runs of SPF + LoRA, which
-must give the same figure as the training without security.
+On the classification data sets of the project's data folder, of each at most 600 training texts and the whole test
+split, with the examples dealt out to five institutions evenly (`iid`) or with uneven shares of every label
+(`dirichlet`). `lora` and `spf` are the far side's training over the clients' quantised boundary tensors, as the server
+enclave does it, without any security; `secured` is a whole secured run of SPF + LoRA, which must come to the same.
+`fedavg` is plain Flower's FedAvg with PEFT's LoRA on every linear of the whole model, as many epochs, one a round
+(bench/peers/flower_in_process.py).
 
-Rates, shares and criterion were chosen by `--tune`, which looks at the validation splits only; a test split is read
-once for each finished training. Every figure is kept in bench/results/spf_accuracy_runs.csv as soon as it is there,
-and not computed again; the table in spf_accuracy.csv is made of what is kept. A ratio column holds the mean of the
-seeds' differences in points and its 95 % interval; the pooled rows are over data sets.
+Rates and shares were chosen by `--tune`, each with the others fixed, by the mean accuracy on the validation splits; a
+test split is read once for each finished training. Every figure is kept in bench/results/spf_accuracy_runs.csv as soon
+as it is there, and not computed again; the table in spf_accuracy.csv is made of what is kept, and `--table` only makes
+it. A ratio column holds the mean of the seeds' differences in points and its 95 % interval; the pooled rows are over
+data sets. Two processes may run at once, on different data sets.
 
-    python bench/spf_accuracy.py [--data hoc druglib ...] [--seeds 5] [--methods lora spf fedavg secured] [--tune]
-                                 [--curve] [--quick]
+    python bench/spf_accuracy.py [--data hoc druglib ...] [--seeds 5] [--methods lora spf fedavg secured] [--threads 1]
+                                 [--tune | --curve | --table] [--quick]
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import math
-import os
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -35,9 +37,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from bench._common import commit, difference, out_path, write_csv
 from bench._sides import work_folder, write_rows
-from bench.peers.flower_lora import PeerJob, run_peer
+from bench.peers.flower_in_process import answers, train_in_process
+from bench.peers.flower_lora import PeerJob
 
 from cloister.adapters import LoraSpec, SpfSpec
+from cloister.evaluate import macro_f1
 from cloister.slicing import BackboneInfo, inspect_backbone, load_far, load_near, load_tokenizer
 from cloister.testing import shared_dir
 from cloister.train import (
@@ -56,13 +60,13 @@ from cloister.train import (
 DATA = ("hoc", "druglib", "mtsdialog", "medabs", "pubmedqa")
 PARTITIONS = ("iid", "dirichlet")
 METHODS = ("lora", "spf", "fedavg", "secured")
-N_CLIENTS, EPOCHS, BATCH_SIZE, CUT, MAX_LENGTH = 5, 3, 32, 3, 128
+N_CLIENTS, N_TRAIN, EPOCHS, BATCH_SIZE, CUT, MAX_LENGTH = 5, 600, 3, 16, 3, 128
 TUNING_SEED = 1000
 LORA = LoraSpec(r=8, alpha=16)
-LORA_LR = 1e-3
 SPF = SpfSpec(heads=0.25, neurons=0.25, criterion="gradient", r=8, alpha=16)
-SPF_LR = 1e-3
-RATES = (5e-4, 1e-3, 2e-3)
+LR = {"lora": 1e-3, "spf": 1e-3, "fedavg": 1e-3}
+RATES = {"lora": (1e-3, 2e-3, 4e-3), "spf": (5e-4, 1e-3, 2e-3), "fedavg": (1e-3, 2e-3, 4e-3)}
+TUNED_SHARES = (0.1, 0.25, 0.5)
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 RUN_COLUMNS = ("data", "partition", "method", "seed", "split", "accuracy", "macro_f1", "commit")
 Method = Literal["lora", "spf", "fedavg", "secured"]
@@ -81,16 +85,26 @@ class Setting:
     info: BackboneInfo
     quick: bool
 
-    def rows(self, split: str) -> list[dict[str, Any]]:
-        lines = (self.folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in (lines[:96] if self.quick else lines)]
-
     @cache  # noqa: B019 - a setting lives as long as the process
+    def rows(self, split: str) -> list[dict[str, Any]]:
+        """Of the training split those with the smallest hash of their id; of others all."""
+        lines = (self.folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        if split == "train":
+            rows = sorted(rows, key=lambda row: hashlib.sha256(row["id"].encode()).digest())[:N_TRAIN]
+        return rows[:96] if self.quick else rows
+
+    @property
+    def columns(self) -> dict[str, str]:
+        return {"text": "text_a", "text_b": "text"} if self.name == "pubmedqa" else {}
+
+    @cache  # noqa: B019
     def features(self, split: str) -> list[Feature]:
-        """Quantised at the boundary and back, as the enclave sees them, in the file's order."""
-        columns = Columns(text="text_a", text_b="text") if self.name == "pubmedqa" else Columns()
-        dataset = open_dataset(self.folder / f"{split}.jsonl", columns=columns, task=self.task)
-        examples = list(dataset)[: len(self.rows(split))]
+        """Quantised at the boundary and back, as the enclave sees them, in the order of `rows`."""
+        with work_folder(None) as folder:
+            path = write_rows(folder / f"{split}.jsonl", self.rows(split))
+            dataset = open_dataset(path, columns=Columns(**self.columns), task=self.task)
+            examples = list(dataset)
         encoder = NearEncoder(
             load_near(self.info, CUT), load_tokenizer(self.info), self.task, model_max_length=self.info.max_length
         )
@@ -143,22 +157,25 @@ def train_far(
     return {"accuracy": found.value, "macro_f1": found.extra["macro_f1"]}
 
 
-def run_fedavg(setting: Setting, partition: str, seed: int) -> dict[str, float]:
+def run_fedavg(setting: Setting, partition: str, lr: float, seed: int, tested: str) -> dict[str, float]:
     """Plain Flower and PEFT over the whole model, as many epochs, one a round."""
     with work_folder(None) as folder:
-        lines = setting.rows("train")
         files = []
         for i in range(N_CLIENTS):
-            own = [plain(line) for line in lines if line["clients"][partition] == i]
-            files.append(write_rows(folder / f"{i}.jsonl", own))
-        test = write_rows(folder / "test.jsonl", [plain(line) for line in setting.rows("test")])
+            own = [plain(line) for line in setting.rows("train") if line["clients"][partition] == i]
+            files += [write_rows(folder / f"{i}.jsonl", own)] if own else []
+        rows = [plain(line) for line in setting.rows(tested)]
         job = PeerJob(
-            model=Path(setting.info.path), train=tuple(files), test=test, n_labels=len(setting.task.labels),
-            max_length=MAX_LENGTH, r=LORA.r, alpha=LORA.alpha, lr=LORA_LR, batch_size=BATCH_SIZE,
-            epochs=1 if setting.quick else EPOCHS, seed=seed, num_threads=1,
+            model=Path(setting.info.path), train=tuple(files), test=write_rows(folder / "tested.jsonl", rows),
+            n_labels=len(setting.task.labels), max_length=MAX_LENGTH, r=LORA.r, alpha=LORA.alpha, lr=lr,
+            batch_size=BATCH_SIZE, epochs=1 if setting.quick else EPOCHS, seed=seed,
+            num_threads=torch.get_num_threads(),
         )  # fmt: skip
-        found = run_peer(job)
-    return {"accuracy": found["metric"], "macro_f1": found.get("macro_f1", math.nan)}
+        train_in_process(job, folder)
+        predicted = answers(job, folder)
+    truth = [row["label"] for row in rows]
+    right = statistics.fmean(a == b for a, b in zip(truth, predicted, strict=True))
+    return {"accuracy": right, "macro_f1": macro_f1(truth, predicted)}
 
 
 def plain(line: dict[str, Any]) -> dict[str, Any]:
@@ -172,36 +189,33 @@ def run_secured(setting: Setting, partition: str, seed: int) -> dict[str, float]
     import cloister
     from cloister.config import Job
 
-    clients: list[dict[str, Any]] = []
-    path = setting.folder
-    for i in range(N_CLIENTS):
-        where = {f"clients.{partition}": i}
-        client: dict[str, Any] = {"name": f"institution-{i}", "train": {"path": str(path / "train.jsonl")}}
-        client["train"]["where"] = where
-        if setting.name == "pubmedqa":
-            client["columns"] = {"text": "text_a", "text_b": "text"}
-        clients.append(client | ({"test": str(path / "test.jsonl")} if i == 0 else {}))
     task = {"name": setting.task.name, "labels": setting.task.labels, "pooling": "mean", "max_length": MAX_LENGTH,
             "on_too_long": "truncate"}  # fmt: skip
-    found = {
+    found: dict[str, Any] = {
         "name": "spf-accuracy", "task": task, "model": {"path": setting.info.path, "cut_layer": CUT},
         "adapter": {"name": "spf", "heads": SPF.heads, "neurons": SPF.neurons, "criterion": SPF.criterion, "r": SPF.r,
                     "alpha": SPF.alpha},
-        "training": {"epochs": EPOCHS, "batch_size": BATCH_SIZE, "lr": SPF_LR, "seed": seed}, "clients": clients,
+        "training": {"epochs": 1 if setting.quick else EPOCHS, "batch_size": BATCH_SIZE, "lr": LR["spf"], "seed": seed},
         "evaluation": {"baselines": []},
     }  # fmt: skip
     with work_folder(None) as folder:
+        train, test = (str(write_rows(folder / f"{split}.jsonl", setting.rows(split))) for split in ("train", "test"))
+        found["clients"] = [
+            {"name": f"institution-{i}", "train": {"path": train, "where": {f"clients.{partition}": i}}}
+            | {"columns": setting.columns}
+            | ({"test": test} if i == 0 else {})
+            for i in sorted({line["clients"][partition] for line in setting.rows("train")})
+        ]
         metric = cloister.run(Job.model_validate_json(json.dumps(found)), runs_dir=folder).result["metric"]
     return {"accuracy": metric["value"], "macro_f1": metric["extra"]["macro_f1"]}
 
 
 def run_method(setting: Setting, partition: str, method: Method, seed: int) -> dict[str, float]:
     if method == "fedavg":
-        return run_fedavg(setting, partition, seed)
+        return run_fedavg(setting, partition, LR["fedavg"], seed, "test")
     if method == "secured":
         return run_secured(setting, partition, seed)
-    adapter, lr = (LORA, LORA_LR) if method == "lora" else (SPF, SPF_LR)
-    return train_far(setting, partition, adapter, lr, seed, "test")
+    return train_far(setting, partition, LORA if method == "lora" else SPF, LR[method], seed, "test")
 
 
 # --- what is kept, and the table --------------------------------------------------------------------------------------
@@ -212,10 +226,14 @@ class Kept:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.rows: list[dict[str, str]] = []
-        if path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                self.rows = list(csv.DictReader(file))
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        """Those of every process."""
+        if not self._path.is_file():
+            return []
+        with self._path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
 
     def has(self, **key: object) -> bool:
         return any(all(found[name] == str(value) for name, value in key.items()) for found in self.rows)
@@ -223,7 +241,6 @@ class Kept:
     def add(self, figures: dict[str, float], **key: object) -> None:
         told = {name: f"{value:.6f}" for name, value in figures.items()}
         line = {name: str(value) for name, value in key.items()} | told | {"commit": commit()}
-        self.rows.append(line)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         is_new = not self._path.is_file()
         with self._path.open("a", newline="", encoding="utf-8") as file:
@@ -275,17 +292,27 @@ def table(kept: Kept, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def tune(chosen: Sequence[Setting], kept: Kept) -> None:
-    """Rates of both, and SPF's shares and criterion, with a seed that no table has."""
-    todo: list[tuple[str, LoraSpec | SpfSpec, float]] = [(f"lora lr={lr}", LORA, lr) for lr in RATES]
-    for share in (0.1, 0.25, 0.5):
-        for criterion in ("l1", "gradient"):
-            spec = replace(SPF, heads=share, neurons=share, criterion=criterion)
-            todo += [(f"spf {criterion} {share} lr={lr}", spec, lr) for lr in RATES]
-    for setting in chosen:
-        for name, adapter, lr in todo:
+    """Everybody's rates, then SPF's shares at its rate, with a seed that no table has; tells the means."""
+    trainings: dict[str, Callable[[Setting], dict[str, float]]] = {}
+    for lr in RATES["lora"]:
+        trainings[f"lora lr={lr}"] = lambda s, lr=lr: train_far(s, "iid", LORA, lr, TUNING_SEED, "valid")
+    for lr in RATES["spf"]:
+        trainings[f"spf lr={lr}"] = lambda s, lr=lr: train_far(s, "iid", SPF, lr, TUNING_SEED, "valid")
+    for share in TUNED_SHARES:
+        spec = replace(SPF, heads=share, neurons=share)
+        trainings[f"spf share={share}"] = lambda s, spec=spec: train_far(
+            s, "iid", spec, LR["spf"], TUNING_SEED, "valid"
+        )
+    for lr in RATES["fedavg"]:
+        trainings[f"fedavg lr={lr}"] = lambda s, lr=lr: run_fedavg(s, "iid", lr, TUNING_SEED, "valid")
+    for name, train in trainings.items():
+        for setting in chosen:
             key = {"data": setting.name, "partition": "iid", "method": name, "seed": TUNING_SEED, "split": "valid"}
             if not kept.has(**key):
-                kept.add(train_far(setting, "iid", adapter, lr, TUNING_SEED, "valid"), **key)
+                kept.add(train(setting), **key)
+    for name in trainings:
+        found = [float(row["accuracy"]) for row in kept.rows if row["method"] == name]
+        print(f"{name}: mean accuracy {100 * statistics.fmean(found):.2f} on {len(found)} validation splits")
 
 
 def curve(chosen: Sequence[Setting], kept: Kept, seeds: int) -> None:
@@ -298,7 +325,7 @@ def curve(chosen: Sequence[Setting], kept: Kept, seeds: int) -> None:
                     key = {"data": setting.name, "partition": "iid", "method": f"curve {criterion} {share}",
                            "seed": seed, "split": "valid"}  # fmt: skip
                     if not kept.has(**key):
-                        kept.add(train_far(setting, "iid", spec, SPF_LR, seed, "valid"), **key)
+                        kept.add(train_far(setting, "iid", spec, LR["spf"], seed, "valid"), **key)
 
 
 def main() -> None:
@@ -311,12 +338,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tune", action="store_true", help="the grid, on validation splits")
     parser.add_argument("--curve", action="store_true", help="criteria over shares, on validation splits")
+    parser.add_argument("--table", action="store_true", help="only make the table of what is kept")
+    parser.add_argument("--threads", type=int, help="of torch; default: all")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
+    if args.threads:
+        torch.set_num_threads(args.threads)
     path = out_path("spf_accuracy", args.out, quick=args.quick)
     kept = Kept(path.with_name(path.stem + "_runs.csv"))
-    chosen = list(settings(args.data, quick=args.quick))
+    chosen = [] if args.table else list(settings(args.data, quick=args.quick))
     if args.tune:
         tune(chosen, kept)
         return

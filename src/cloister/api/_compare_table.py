@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cloister.errors import DataError
-
 from ._compare_jobs import METHODS, REFERENCE
 
 if TYPE_CHECKING:
@@ -134,10 +132,9 @@ def _accuracy(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     scores = {seed: _scores(found) for seed, found in results.items()}
     mean = seed_mean(list(scores.values()))
     told = [found["examples"] for found in results.values()]
-    try:
+    f1 = None
+    if len(set(told[0]["labels"])) > 1:  # of a single class there is none
         f1 = statistics.fmean(macro_f1(each["labels"], each["predicted"]) for each in told)
-    except DataError:  # all labels are of one class
-        f1 = None
     return {
         "figure": interval(mean).as_dict(),
         "per_seed": {str(seed): each.overall for seed, each in scores.items()},
@@ -174,17 +171,16 @@ def _completions(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     told = [found["completions"] for found in results.values() if found.get("completions")]
     if not told:
         return {}
-    from cloister.evaluate import exact_match_scores, interval, rouge_l_scores, seed_mean
+    from cloister.evaluate import exact_match_scores, has_rouge_word, interval, rouge_l_scores, seed_mean
 
     found = {}
     for name, score in (("rouge_l", rouge_l_scores), ("exact_match", exact_match_scores)):
-        try:
-            runs = [
-                score(each["references"], each["completions"], ids=each["ids"], clients=each["clients"], workers=1)
-                for each in told
-            ]
-        except DataError:  # no reference has a word that ROUGE-L counts
+        if score is rouge_l_scores and not any(map(has_rouge_word, told[0]["references"])):
             continue
+        runs = [
+            score(each["references"], each["completions"], ids=each["ids"], clients=each["clients"], workers=1)
+            for each in told
+        ]
         found[name] = interval(seed_mean(runs)).as_dict()
     return found
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cloister.evaluate._pairs import PairTest, compare_pair, compare_seeds, holm, pooled
     from cloister.evaluate._scores import ExampleScores, seed_mean
     from cloister.evaluate._table import ComparisonRow, ComparisonTable, comparison_table
-    from cloister.evaluate._text import exact_match_scores, rouge_l_scores
+    from cloister.evaluate._text import exact_match_scores, has_rouge_word, rouge_l_scores
 
 _HOME = {
     "ComparisonRow": "_table",
@@ -29,6 +29,7 @@ _HOME = {
     "comparison_table": "_table",
     "exact_match_scores": "_text",
     "f1_report": "_metrics",
+    "has_rouge_word": "_text",
     "holm": "_pairs",
     "interval": "_intervals",
     "macro_f1": "_metrics",
@@ -50,6 +51,7 @@ __all__ = [
     "comparison_table",
     "exact_match_scores",
     "f1_report",
+    "has_rouge_word",
     "holm",
     "interval",
     "macro_f1",

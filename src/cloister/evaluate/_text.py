@@ -78,7 +78,7 @@ def rouge_l_scores(
     """
     pairs = _pairs(references, completions, "rouge_l")
     library("rouge_score.rouge_scorer")  # here, so that its absence is an error of this process
-    if not any(_has_word(text) for text in references):
+    if not any(has_rouge_word(text) for text in references):
         raise DataError(
             f"rouge_l: none of {len(references)} references has a word of a-z or 0-9, all that ROUGE-L counts",
             hint="use exact match or perplexity for text in other scripts",
@@ -101,7 +101,8 @@ def _rouge_l(pair: tuple[_Texts, _Texts]) -> list[float]:
     return [float(scorer.score(a, b)["rougeL"].fmeasure) for a, b in zip(*pair, strict=True)]
 
 
-def _has_word(text: str) -> bool:
+def has_rouge_word(text: str) -> bool:
+    """Whether a text has a word that ROUGE-L counts: of a-z or 0-9."""
     return any(letter.isascii() and letter.isalnum() for letter in text.lower())
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,7 @@ def open_rows(path: Path, split: str | None) -> RowSource:
     return kind(path)
 
 
-class RowSource:
+class RowSource(ABC):
     """Rows of one file.
 
     Attributes:
@@ -64,9 +65,9 @@ class RowSource:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @abstractmethod
     def read(self, names: Sequence[tuple[str, str]]) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """(row number, values) of every row; values hold at least the named columns, if the file has them."""
-        raise NotImplementedError
 
     def count(self) -> int:
         """How many rows there are."""
