@@ -7,8 +7,8 @@ enclave does it, without any security; `secured` is a whole secured run of SPF +
 `fedavg` is plain Flower's FedAvg with PEFT's LoRA on every linear of the whole model, as many epochs, one a round
 (bench/peers/flower_in_process.py).
 
-Rates and shares were chosen by `--tune`, each with the others fixed, by the mean accuracy on the validation splits; a
-test split is read once for each finished training. Every figure is kept in bench/results/spf_accuracy_runs.csv as soon
+Rates were chosen by `--tune`, SPF's criterion and shares by `--curve`, both by the mean accuracy on validation splits;
+a test split is read once for each finished training. Every figure is kept in bench/results/spf_accuracy_runs.csv as soon
 as it is there, and not computed again; the table in spf_accuracy.csv is made of what is kept, and `--table` only makes
 it. A ratio column holds the mean of the seeds' differences in points and its 95 % interval; the pooled rows are over
 data sets. Two processes may run at once, on different data sets.
@@ -66,7 +66,6 @@ LORA = LoraSpec(r=8, alpha=16)
 SPF = SpfSpec(heads=0.25, neurons=0.25, criterion="gradient", r=8, alpha=16)
 LR = {"lora": 1e-3, "spf": 1e-3, "fedavg": 1e-3}
 RATES = {"lora": (1e-3, 2e-3, 4e-3), "spf": (5e-4, 1e-3, 2e-3), "fedavg": (1e-3, 2e-3, 4e-3)}
-TUNED_SHARES = (0.1, 0.25, 0.5)
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 RUN_COLUMNS = ("data", "partition", "method", "seed", "split", "accuracy", "macro_f1", "commit")
 Method = Literal["lora", "spf", "fedavg", "secured"]
@@ -292,17 +291,12 @@ def table(kept: Kept, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def tune(chosen: Sequence[Setting], kept: Kept) -> None:
-    """Everybody's rates, then SPF's shares at its rate, with a seed that no table has; tells the means."""
+    """Everybody's rates, with a seed that no table has; tells the means."""
     trainings: dict[str, Callable[[Setting], dict[str, float]]] = {}
     for lr in RATES["lora"]:
         trainings[f"lora lr={lr}"] = lambda s, lr=lr: train_far(s, "iid", LORA, lr, TUNING_SEED, "valid")
     for lr in RATES["spf"]:
         trainings[f"spf lr={lr}"] = lambda s, lr=lr: train_far(s, "iid", SPF, lr, TUNING_SEED, "valid")
-    for share in TUNED_SHARES:
-        spec = replace(SPF, heads=share, neurons=share)
-        trainings[f"spf share={share}"] = lambda s, spec=spec: train_far(
-            s, "iid", spec, LR["spf"], TUNING_SEED, "valid"
-        )
     for lr in RATES["fedavg"]:
         trainings[f"fedavg lr={lr}"] = lambda s, lr=lr: run_fedavg(s, "iid", lr, TUNING_SEED, "valid")
     for name, train in trainings.items():
