@@ -290,8 +290,8 @@ def table(kept: Kept, names: Sequence[str]) -> list[dict[str, Any]]:
 # --- tuning, on validation splits -------------------------------------------------------------------------------------
 
 
-def tune(chosen: Sequence[Setting], kept: Kept) -> None:
-    """Everybody's rates, with a seed that no table has; tells the means."""
+def tune(chosen: Sequence[Setting], kept: Kept, methods: Sequence[str]) -> None:
+    """The methods' rates, with a seed that no table has; tells the means."""
     trainings: dict[str, Callable[[Setting], dict[str, float]]] = {}
     for lr in RATES["lora"]:
         trainings[f"lora lr={lr}"] = lambda s, lr=lr: train_far(s, "iid", LORA, lr, TUNING_SEED, "valid")
@@ -299,6 +299,7 @@ def tune(chosen: Sequence[Setting], kept: Kept) -> None:
         trainings[f"spf lr={lr}"] = lambda s, lr=lr: train_far(s, "iid", SPF, lr, TUNING_SEED, "valid")
     for lr in RATES["fedavg"]:
         trainings[f"fedavg lr={lr}"] = lambda s, lr=lr: run_fedavg(s, "iid", lr, TUNING_SEED, "valid")
+    trainings = {name: train for name, train in trainings.items() if name.split()[0] in methods}
     for name, train in trainings.items():
         for setting in chosen:
             key = {"data": setting.name, "partition": "iid", "method": name, "seed": TUNING_SEED, "split": "valid"}
@@ -342,7 +343,7 @@ def main() -> None:
     kept = Kept(path.with_name(path.stem + "_runs.csv"))
     chosen = [] if args.table else list(settings(args.data, quick=args.quick))
     if args.tune:
-        tune(chosen, kept)
+        tune(chosen, kept, args.methods)
         return
     if args.curve:
         curve(chosen, kept, args.seeds)
