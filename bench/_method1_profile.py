@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
-from bench._common import load_average
+from bench._common import load_average, row
 from bench._masked import Masked, one_thread
 from bench._method1 import BATCH_SIZE, PREFIX_TOKENS, RANK, Adapter, Setting, Variant, whole_side
 from torch.profiler import ProfilerActivity, profile
@@ -172,24 +172,29 @@ def _mode(name: str) -> Any:
     return PadMode(name)
 
 
-def tell_profiles(setting: Setting, *, only: Adapter | None, quick: bool) -> None:
-    """Prints the tables."""
+def tell_profiles(setting: Setting, *, only: Adapter | None, quick: bool) -> list[dict[str, Any]]:
+    """Prints the tables; as rows of a CSV, a part beside the whole step, and a whole step beside the plain one."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     one_thread()
     n_steps = N_STEPS_QUICK if quick else N_STEPS
     print(f"load {load_average():.1f}; milliseconds of CPU a step of {BATCH_SIZE} texts", file=sys.stderr)
     adapters: list[Adapter] = [only] if only else ["lora", "prefix"]
+    rows = []
     for adapter in adapters:
         plain = measure(setting, Variant(adapter, "faithful", "otp"), n_steps, plain=True)
-        _tell(f"{adapter}, plain fp32, our own loop", plain, sum(plain.values()))
+        rows += _tell(f"{adapter}, plain fp32, our own loop", plain, sum(plain.values()))
         for pad in ("otp", "lattice"):
             for ring in ("faithful",) if quick else ("faithful", "fast"):
                 variant = Variant(adapter, ring, pad)
-                _tell(str(variant), measure(setting, variant, n_steps), sum(plain.values()))
+                rows += _tell(str(variant), measure(setting, variant, n_steps), sum(plain.values()))
+    return rows
 
 
-def _tell(title: str, found: dict[str, float], plain_ms: float) -> None:
+def _tell(title: str, found: dict[str, float], plain_ms: float) -> list[dict[str, Any]]:
     total = sum(found.values())
     print(f"\n{title}: {total:.1f} ms, {total / plain_ms:.2f} of plain")
+    rows = [row(f"{title}: CPU of a step / plain fp32, our own loop", [total], [plain_ms], "ms")]
     for name, ms in found.items():
         print(f"  {ms:8.1f} ms  {100 * ms / total:5.1f} %  {name}")
+        rows.append(row(f"{title}: {name} / the step", [ms], [total], "ms"))
+    return rows

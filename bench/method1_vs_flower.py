@@ -11,9 +11,9 @@ step; the peer's is its own training loop's, in plain float32 on as many threads
     python bench/method1_vs_flower.py [--quick] [--data quickstart|hoc|druglib] [--only lora|prefix] [--seeds 3]
                                       [--local-epochs 1] [--keep FOLDER] [--out FILE] [--profile]
 
-Results: bench/results/method1_vs_flower_DATA.csv. `--profile` prints where the CPU time of a step goes, in place of
-running anything. Needs the `quickstart` extra; hoc and druglib need the project's data folder (CLOISTER_SHARED, or
-`shared` beside the checkout). Run it on an idle machine.
+Results: bench/results/method1_vs_flower_DATA.csv. `--profile` tells where the CPU time of a step goes, in place of
+running anything (bench/results/method1_profile.csv). Needs the `quickstart` extra; hoc and druglib need the project's
+data folder (CLOISTER_SHARED, or `shared` beside the checkout). Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -169,7 +169,8 @@ def main() -> None:
         if args.profile:
             from bench._method1_profile import tell_profiles
 
-            tell_profiles(setting, only=args.only, quick=args.quick)
+            rows = tell_profiles(setting, only=args.only, quick=args.quick)
+            write_csv(out_path("method1_profile", args.out, quick=args.quick), rows)
             return
         sizes = ", ".join(f"{name} {n}" for name, n in setting.n_train.items())
         print(f"{args.data}: {N_CLIENTS} clients ({sizes}), {N_ROUNDS} rounds", file=sys.stderr)

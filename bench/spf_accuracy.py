@@ -9,9 +9,9 @@ enclave does it, without any security; `secured` is a whole secured run of SPF +
 
 Rates were chosen by `--tune`, SPF's criterion and shares by `--curve`, both by the mean accuracy on validation splits;
 a test split is read once for each finished training. Every figure is kept in bench/results/spf_accuracy_runs.csv as
-soon as it is there, and not computed again; the table in spf_accuracy.csv is made of what is kept, and `--table` only makes
-it. A ratio column holds the mean of the seeds' differences in points and its 95 % interval; the pooled rows are over
-data sets. Two processes may run at once, on different data sets.
+soon as it is there, and not computed again; spf_accuracy.csv is made of what is kept, and `--table` only makes it. A
+ratio column holds the mean of the seeds' differences in points and its 95 % interval; the pooled rows are over data
+sets. Two processes may run at once, on different data sets.
 
     python bench/spf_accuracy.py [--data hoc druglib ...] [--seeds 5] [--methods lora spf fedavg secured] [--threads 1]
                                  [--tune | --curve | --table] [--quick]
