@@ -1,0 +1,119 @@
+"""Short answers to health questions (medquad-qa) by a small Llama: SPF + LoRA, LoRA alone and FedAvg on Flower.
+
+`cloister compare` on recipes/medquad-five-sites, with the questions of each web site at a site of its own (`natural`)
+and dealt out evenly (`iid`): whole runs, secured ones for Method 2 and plain Flower for FedAvg, each with the rate that
+`--tune` found best on the validation split. A ratio column holds the mean over seeds and its 95 % interval: of ratios
+of perplexity, and of differences of ROUGE-L in points over completions of 100 held-out questions.
+
+    python bench/medquad.py [--seeds 5] [--tune] [--quick] [--keep FOLDER] [--out bench/results/medquad.csv]
+
+Finished runs in `--keep` are not made again. Needs the project's data folder beside the checkout (CLOISTER_SHARED).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench._common import REPOSITORY, difference, out_path, row, write_csv
+from bench._sides import work_folder
+
+import cloister
+from cloister.config import Job, load_job
+from cloister.evaluate import rouge_l_scores
+
+RECIPES = {"natural": "job.toml", "iid": "iid.toml"}
+METHODS = {"method2-spf": "SPF + LoRA", "method2-lora": "LoRA alone", "fedavg": "FedAvg on Flower"}
+PAIRS = (("method2-spf", "method2-lora"), ("method2-spf", "fedavg"), ("method2-lora", "fedavg"))
+LR = {"method2-spf": 3e-3, "method2-lora": 3e-3, "fedavg": 3e-3}
+RATES = (1e-3, 3e-3, 1e-2)
+N_QUESTIONS = 100
+TUNING_SEED = 1000
+Figures = dict[str, dict[str, dict[int, float]]]
+"""By figure, method and seed."""
+
+
+def recipe(partition: str, tested: str = "test") -> Job:
+    job = load_job(REPOSITORY / "recipes/medquad-five-sites" / RECIPES[partition])
+    if tested == "test":
+        return job
+    clients = []
+    for client in job.clients:
+        data = client.datasets.get("test")
+        path = None if data is None else str(Path(data.path).with_name(f"{tested}.jsonl"))
+        changed = {} if data is None else {"test": data.model_copy(update={"path": path})}
+        clients.append(client.model_copy(update=changed))
+    return job.model_copy(update={"clients": tuple(clients)})
+
+
+def run(job: Job, folder: Path, seeds: list[int], lr: Mapping[str, float], *, quick: bool) -> Figures:
+    """Every method with every seed, and what each came to."""
+    n = 4 if quick else N_QUESTIONS
+    found = cloister.compare(job, out=folder, methods=METHODS, seeds=seeds, generate=n, lr=lr, on_event=_tell)
+    figures: Figures = {"perplexity": {}, "ROUGE-L": {}}
+    for method in METHODS:
+        for seed in seeds:
+            path = found.folder / f"{method}-{seed}" / "result.json"
+            if not path.is_file():
+                sys.exit(f"error: {method} with seed {seed} failed\nhint: {path.with_name('failure.json')} says why")
+            result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            figures["perplexity"].setdefault(method, {})[seed] = float(result["metric"]["value"])
+            told = result["completions"]
+            scores = rouge_l_scores(told["references"], told["completions"], ids=told["ids"], clients=told["clients"])
+            figures["ROUGE-L"].setdefault(method, {})[seed] = 100 * scores.overall
+    return figures
+
+
+def _tell(event: Mapping[str, Any]) -> None:
+    if event["event"].startswith("compare"):
+        print(json.dumps(event, default=str), file=sys.stderr, flush=True)
+
+
+def tune(folder: Path) -> None:
+    """The mean of both partitions' log perplexities on the validation split, by method and rate."""
+    for rate in RATES:
+        logs: dict[str, list[float]] = {method: [] for method in METHODS}
+        for partition in RECIPES:
+            where = folder / f"tune-{partition}-{rate}"
+            found = run(recipe(partition, "valid"), where, [TUNING_SEED], dict.fromkeys(METHODS, rate), quick=True)
+            for method, values in found["perplexity"].items():
+                logs[method] += map(math.log, values.values())
+        told = ", ".join(f"{METHODS[method]} {math.exp(statistics.fmean(v)):.3f}" for method, v in logs.items())
+        print(f"rate {rate}: perplexity {told}")
+
+
+def main() -> None:
+    """Runs alone; writes the CSV and prints it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smoke run: one seed, four questions, one partition")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--tune", action="store_true", help="rates, on the validation split")
+    parser.add_argument("--keep", type=Path, help="work in this folder, leave everything there, and go on from there")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows = []
+    with work_folder(args.keep) as folder:
+        if args.tune:
+            tune(folder)
+            return
+        for partition in ("natural",) if args.quick else RECIPES:
+            seeds = list(range(1 if args.quick else args.seeds))
+            found = run(recipe(partition), folder / partition, seeds, LR, quick=args.quick)
+            for ours, peer in PAIRS:
+                for figure, line in (("perplexity", row), ("ROUGE-L", difference)):
+                    sides = [list(found[figure][method].values()) for method in (ours, peer)]
+                    sign, unit = ("/", "") if line is row else ("-", "points")
+                    rows.append(line(f"{figure}, {METHODS[ours]} {sign} {METHODS[peer]}, {partition}", *sides, unit))
+            write_csv(out_path("medquad", args.out, quick=args.quick), rows)
+
+
+if __name__ == "__main__":
+    main()
