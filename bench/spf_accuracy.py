@@ -7,11 +7,12 @@ enclave does it, without any security; `secured` is a whole secured run of SPF +
 `fedavg` is plain Flower's FedAvg with PEFT's LoRA on every linear of the whole model, as many epochs, one a round
 (bench/peers/flower_in_process.py).
 
-Rates were chosen by `--tune`, by the mean accuracy on validation splits; SPF's criterion and shares are the product's
-own, `--curve` shows others, also on validation splits. A test split is read once for each finished training. Every
-figure is kept in bench/results/spf_accuracy_runs.csv as soon as it is there, and not computed again; spf_accuracy.csv
-is made of what is kept, and `--table` only makes it. A ratio column holds the mean of the seeds' differences in points
-and its 95 % interval; the pooled rows are over data sets. Two processes may run at once, on different data sets.
+Rates were chosen by `--tune`, by the mean accuracy on validation splits; SPF's criterion (`gradient`) and shares (a
+quarter) were set beforehand, `--curve` shows others, also on validation splits. A test split is read once for each
+finished training. Every figure is kept in bench/results/spf_accuracy_runs.csv as soon as it is there, and not computed
+again; spf_accuracy.csv is made of what is kept, and `--table` only makes it. A ratio column holds the mean of the
+seeds' differences in points and its 95 % interval; the pooled rows are over data sets. Two processes may run at once,
+on different data sets.
 
     python bench/spf_accuracy.py [--data hoc druglib ...] [--seeds 5] [--methods lora spf fedavg secured] [--threads 1]
                                  [--tune | --curve | --table] [--quick]
