@@ -7,9 +7,9 @@ enclave does it, without any security; `secured` is a whole secured run of SPF +
 `fedavg` is plain Flower's FedAvg with PEFT's LoRA on every linear of the whole model, as many epochs, one a round
 (bench/peers/flower_in_process.py).
 
-Rates were chosen by `--tune`, by the mean accuracy on validation splits; SPF's criterion (`gradient`) and shares (a
-quarter) were set beforehand, `--curve` shows others, also on validation splits. A test split is read once for each
-finished training. Every figure is kept in bench/results/spf_accuracy_runs.csv as soon as it is there, and not computed
+Rates were chosen by `--tune`, by the mean accuracy on validation splits; SPF's criterion and shares are those that a
+job has by default, `--curve` shows others, also on validation splits. A test split is read once for each finished
+training. Every figure is kept in bench/results/spf_accuracy_runs.csv as soon as it is there, and not computed
 again; spf_accuracy.csv is made of what is kept, and `--table` only makes it. A ratio column holds the mean of the
 seeds' differences in points and its 95 % interval; the pooled rows are over data sets. Two processes may run at once,
 on different data sets.
@@ -64,7 +64,7 @@ METHODS = ("lora", "spf", "fedavg", "secured")
 N_CLIENTS, N_TRAIN, EPOCHS, BATCH_SIZE, CUT, MAX_LENGTH = 5, 600, 3, 16, 3, 128
 TUNING_SEED = 1000
 LORA = LoraSpec(r=8, alpha=16)
-SPF = SpfSpec(heads=0.25, neurons=0.25, criterion="gradient", r=8, alpha=16)
+SPF = SpfSpec()
 LR = {"lora": 2e-3, "spf": 1e-3, "fedavg": 2e-3}
 RATES = {"lora": (1e-3, 2e-3, 4e-3), "spf": (5e-4, 1e-3, 2e-3), "fedavg": (1e-3, 2e-3, 4e-3)}
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
