@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench._common import REPOSITORY, difference, out_path, row, write_csv
 from bench._sides import work_folder
 
-import cloister
+from cloister.api import compare
 from cloister.config import Job, load_job
 from cloister.evaluate import rouge_l_scores
 
@@ -57,7 +57,7 @@ def recipe(partition: str, tested: str = "test") -> Job:
 def run(job: Job, folder: Path, seeds: list[int], lr: Mapping[str, float], *, quick: bool) -> Figures:
     """Every method with every seed, and what each came to."""
     n = 4 if quick else N_QUESTIONS
-    found = cloister.compare(job, out=folder, methods=METHODS, seeds=seeds, generate=n, lr=lr, on_event=_tell)
+    found = compare(job, out=folder, methods=METHODS, seeds=seeds, generate=n, lr=lr, on_event=_tell)
     figures: Figures = {"perplexity": {}, "ROUGE-L": {}}
     for method in METHODS:
         for seed in seeds:
