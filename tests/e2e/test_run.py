@@ -6,6 +6,7 @@ import json
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,10 @@ def test_run_report_and_predict(tmp_path: Path):
 
     _check_private_files(result.run_dir)
     _check_kept_evidence(result.run_dir)
-    answers = predict(result.run_dir, "beta", ["the old rose", "cold sea"], programs=FAKE)
+    began, heard = time.time(), []
+    answers = predict(result.run_dir, "beta", ["the old rose", "cold sea"], on_event=heard.append, programs=FAKE)
     assert [set(a["probabilities"]) for a in answers] == [{"red", "green", "blue"}] * 2
+    assert heard and all(event["t"] >= began - 0.001 for event in heard)  # the run's own events are not told again
     assert all(abs(sum(a["probabilities"].values()) - 1) < 1e-5 for a in answers)
 
 

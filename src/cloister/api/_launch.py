@@ -132,8 +132,8 @@ class Launch:
         self.accelerators = {n: self._accelerator_child(n) for n in job.client_names if self._needs_accelerator(n)}
         client_child = self._enclave_client_child if has_enclaves else self._client_child
         self.clients = {name: client_child(name) for name in job.client_names}
-        for name in ("server", *self.clients):  # what earlier processes said is in the run's events already
-            self._tail.skip(self._events_of(name))
+        for path in (folder.events, *map(self._events_of, ("server", *self.clients))):
+            self._tail.skip(path)  # what was said before this start: told, and no reason for anything now
 
     # --- life -----------------------------------------------------------------------------------------------------
 
