@@ -9,7 +9,7 @@ enclave does it, without any security; `secured` is a whole secured run of SPF +
 
 Rates were chosen by `--tune`, by the mean accuracy on validation splits; SPF's criterion and shares are those that a
 job has by default, `--curve` shows others, also on validation splits. A test split is read once for each finished
-training. Every figure is kept in bench/results/spf_accuracy_runs.csv as soon as it is there, and not computed
+training. Every figure is kept in bench/results/kept/spf_accuracy.csv as soon as it is there, and not computed
 again; spf_accuracy.csv is made of what is kept, and `--table` only makes it. A ratio column holds the mean of the
 seeds' differences in points and its 95 % interval; the pooled rows are over data sets. Two processes may run at once,
 on different data sets.
@@ -279,7 +279,7 @@ def table(kept: Kept, names: Sequence[str]) -> list[dict[str, Any]]:
                 if not seeds or any(math.isnan(b[seed]) for seed in seeds):
                     continue
                 sides = [a[seed] for seed in seeds], [b[seed] for seed in seeds]
-                goal = "interval around 0" if ours == "secured" else ""
+                goal = "difference within 0 or around 0" if ours == "secured" else ""
                 rows.append(difference(f"{figure}, {what}, {name}, {partition}", *sides, "points", goal))
                 means.append(statistics.fmean(x - y for x, y in zip(*sides, strict=True)))
             if len(means) > 1:
@@ -341,7 +341,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     path = out_path("spf_accuracy", args.out, quick=args.quick)
-    kept = Kept(path.with_name(path.stem + "_runs.csv"))
+    kept = Kept(path.parent / "kept" / path.name)
     chosen = [] if args.table else list(settings(args.data, quick=args.quick))
     if args.tune:
         tune(chosen, kept, args.methods)

@@ -4,7 +4,7 @@ One panel a data set: mean accuracy over the seeds on the validation split, by t
 train, with the range of the seeds behind it; a share of 1 trains every row whatever the criterion. Also writes the
 means as a table.
 
-    python bench/spf_criteria.py [--runs bench/results/spf_accuracy_runs.csv] [--out docs/spf-criteria.svg]
+    python bench/spf_criteria.py [--runs bench/results/kept/spf_accuracy.csv] [--out docs/spf-criteria.svg]
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def draw(curves: Curves, path: Path) -> None:
 def main() -> None:
     """Draws, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=RESULTS / "spf_accuracy_runs.csv")
+    parser.add_argument("--runs", type=Path, default=RESULTS / "kept" / "spf_accuracy.csv")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "spf-criteria.svg")
     args = parser.parse_args()
     curves = read(args.runs)
