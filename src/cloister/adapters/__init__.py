@@ -27,7 +27,7 @@ from cloister.adapters._attach import adapter_spec, adapter_state, attach_adapte
 from cloister.adapters._lora import LoraSpec, add_lora
 from cloister.adapters._peft_files import CONFIG_FILE, WEIGHTS_FILE, parse_peft_files, peft_files
 from cloister.adapters._spec import MAX_STATE_BYTES, AdapterSpec, PrefixLayout, PrefixSpec, StateSpec
-from cloister.adapters._spf_spec import FarAdapterSpec, SpfSpec, SpfSupport
+from cloister.adapters._spf_spec import FarAdapterSpec, PartName, SpfSpec, SpfSupport
 from cloister.adapters._state import load_trainable_state, n_frozen, n_trainable, trainable_state
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         merge_spf,
         placed_support,
         spf_facts,
+        spf_units,
     )
     from cloister.adapters._spf_linear import SpfLinear
     from cloister.adapters._spf_scores import BlockScores, RowScores
@@ -57,6 +58,7 @@ _HOME = {
     "merged_tensors": "_merged",
     "placed_support": "_spf",
     "spf_facts": "_spf",
+    "spf_units": "_spf",
 }
 
 __all__ = [
@@ -69,6 +71,7 @@ __all__ = [
     "BlockScores",
     "FarAdapterSpec",
     "LoraSpec",
+    "PartName",
     "PrefixLayout",
     "PrefixSpec",
     "RowScores",
@@ -96,6 +99,7 @@ __all__ = [
     "peft_files",
     "placed_support",
     "spf_facts",
+    "spf_units",
     "trainable_state",
 ]
 

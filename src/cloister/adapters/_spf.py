@@ -22,11 +22,12 @@ from cloister.adapters._spf_layout import (
     block_parts,
     dense_weight,
     find_blocks,
+    in_features,
     unit_sums,
 )
 from cloister.adapters._spf_linear import COLUMN_ORDER, SpfLinear, fold_columns, fold_rows, is_folded, plain
 from cloister.adapters._spf_scores import BlockScores, check_scores
-from cloister.adapters._spf_spec import SpfSpec, SpfSupport
+from cloister.adapters._spf_spec import PartName, SpfSpec, SpfSupport
 from cloister.errors import AdapterError, StateMismatchError
 
 _ADAPTER_NAME = "default"
@@ -63,6 +64,25 @@ def check_spf(blocks: Iterable[nn.Module], spec: SpfSpec) -> None:
     for block in blocks:
         for part in block_parts(block):
             spec.n_chosen(part.name, part.n_units)
+
+
+def spf_units(block: nn.Module) -> dict[PartName, tuple[int, int]]:
+    """What a block has for SPF to choose from: how many units of each part, and how many weights the rows of one hold.
+
+    Args:
+        block: without an adapter; on any device, the meta device too.
+
+    Raises:
+        UnsupportedLayerError: its layout is not known.
+    """
+    return {
+        part.name: (
+            part.n_units,
+            sum(sum(widths) * in_features(cast("PlainLinear", block.get_submodule(path)))
+                for path, widths in part.rows.items()),
+        )
+        for part in block_parts(block)
+    }  # fmt: skip
 
 
 def choose_support(

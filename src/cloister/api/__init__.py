@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cloister.api._collateral import fetch_for_quote, fetch_for_snp_report
     from cloister.api._compare import Comparison, compare
     from cloister.api._doctor import examine_machine
-    from cloister.api._estimate import Estimate
+    from cloister.api._estimate import Estimate, SplitEstimate
     from cloister.api._estimate_json import estimate_to_json
     from cloister.api._estimate_model import plan_model
     from cloister.api._estimate_words import method1_words, method2_words, recommendation
@@ -36,6 +36,7 @@ _HOME = {
     "Outcome": "_evidence",
     "Programs": "_launch",
     "RunResult": "_result",
+    "SplitEstimate": "_estimate",
     "compare": "_compare",
     "estimate_to_json": "_estimate_json",
     "examine_machine": "_doctor",
@@ -68,6 +69,7 @@ __all__ = [
     "Outcome",
     "Programs",
     "RunResult",
+    "SplitEstimate",
     "compare",
     "estimate_to_json",
     "examine_machine",

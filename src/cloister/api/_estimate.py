@@ -5,7 +5,7 @@ Pure: numbers in, numbers out. `_estimate_words` says what follows from them; do
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cloister.pad import PadMode
 
@@ -21,6 +21,7 @@ from ._estimate_cost import (
     link_bytes,
     masked_step,
     n_adapter,
+    n_spf_rows,
     plain_seconds,
     rest_seconds,
 )
@@ -91,10 +92,11 @@ class MaskedEstimate:
 
 @dataclass(frozen=True)
 class SplitEstimate:
-    """Method 2.
+    """Method 2 with LoRA (or a prefix), or with SPF + LoRA.
 
     Attributes:
         cut_layer: near-side blocks.
+        n_trained: numbers that train.
         memory: of the server's enclave.
         fits: whether that is within the machine's.
         near_bytes: weights on each client's machine.
@@ -107,6 +109,7 @@ class SplitEstimate:
     """
 
     cut_layer: int
+    n_trained: int
     memory: memory.Bill
     fits: bool
     near_bytes: int
@@ -130,7 +133,8 @@ class Estimate:
         plain: everything on the accelerator, in the clear.
         gpu_tee: everything on it in its confidential mode; None where it has none, or the TEE is no virtual machine.
         masked: Method 1, by pad mode and format.
-        split: Method 2.
+        split: Method 2, with the same adapter.
+        split_spf: Method 2 with SPF + LoRA; None where SPF does not know the model's layout.
     """
 
     model: ModelShape
@@ -143,6 +147,7 @@ class Estimate:
     gpu_tee: Baseline | None
     masked: tuple[MaskedEstimate, ...]
     split: SplitEstimate
+    split_spf: SplitEstimate | None
 
     @property
     def best_inside(self) -> Baseline:
@@ -151,7 +156,13 @@ class Estimate:
 
 
 def estimate(model: ModelShape, machine: Machine, work: Workload) -> Estimate:
-    """Both methods and what they are compared with."""
+    """Both methods and what they are compared with.
+
+    Raises:
+        AdapterError: a share of SPF selects nothing.
+    """
+    spf_work = replace(work, rank=work.spf.r, prefix_tokens=0) if work.spf and model.units else None
+    asked, work = work, replace(work, spf=None)
     inside = {precision: _inside(model, machine, work, precision) for precision in PRECISIONS}
     plain_s = plain_seconds(model, model.linears, work, accelerator_rates(machine.accelerator))
     plain = Baseline("plain accelerator", 1 / plain_s, {}, fits=True)
@@ -159,7 +170,7 @@ def estimate(model: ModelShape, machine: Machine, work: Workload) -> Estimate:
     return Estimate(
         model=model,
         machine=machine,
-        work=work,
+        work=asked,
         n_adapter=n_trained,
         update_bytes=4 * n_trained,
         inside=inside,
@@ -169,6 +180,7 @@ def estimate(model: ModelShape, machine: Machine, work: Workload) -> Estimate:
             _masked(model, machine, work, (inside, plain), pad=pad, fmt=fmt) for pad in PadMode for fmt in N_PLANES
         ),
         split=_split(model, machine, work, inside, plain),
+        split_spf=_split(model, machine, spf_work, inside, plain) if spf_work else None,
     )
 
 
@@ -241,6 +253,7 @@ def _split(
     boundary = model.hidden_size + _INT8_SCALE_BYTES
     return SplitEstimate(
         cut_layer=work.cut_layer,
+        n_trained=n_adapter(model, far, work) + n_spf_rows(model, far, work),
         memory=bill,
         fits=memory.total(bill) <= machine.enclave.memory_bytes,
         near_bytes=memory.near_bytes(model, work),

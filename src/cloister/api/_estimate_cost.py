@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from cloister.pad import PadMode
 
@@ -69,20 +69,41 @@ def n_blocks(linears: Iterable[LinearShape]) -> int:
 
 
 def n_adapter(shape: ModelShape, linears: Iterable[LinearShape], work: Workload) -> int:
-    """Numbers that train. LoRA: rank (n_in + n_out) for each linear of a block; members of a group read n_in each. A
-    prefix: a key and a value for each of its tokens in each block."""
+    """Numbers that train beside the frozen weights. LoRA: rank (n_in + n_out) for each linear that has it. A prefix: a
+    key and a value for each of its tokens in each block."""
     linears = tuple(linears)
-    lora = sum(linear.n_members * linear.n_in + linear.n_out for linear in linears if not linear.is_head)
-    return work.rank * lora + work.prefix_tokens * 2 * shape.kv_size * n_blocks(linears)
+    return work.rank * lora_sides(shape, linears, work) + work.prefix_tokens * 2 * shape.kv_size * n_blocks(linears)
 
 
-def adapter_flops(linears: Iterable[LinearShape], rank: int) -> float:
-    """Of LoRA, a token: forwards 2 operations a number, backwards 2 for its gradient and 2 for the input's.
+def n_spf_rows(shape: ModelShape, linears: Iterable[LinearShape], work: Workload) -> int:
+    """Numbers of the backbone's own weights that train: SPF's rows.
+
+    Raises:
+        AdapterError: a share selects nothing.
+    """
+    if work.spf is None:
+        return 0
+    chosen = sum(work.spf.n_chosen(unit.name, unit.n_units) * unit.n_numbers for unit in shape.units)
+    return chosen * n_blocks(linears)
+
+
+def lora_sides(shape: ModelShape, linears: Iterable[LinearShape], work: Workload) -> int:
+    """n_in + n_out of every linear that has LoRA; members of a group read n_in each. With SPF it is the attention's
+    output projection alone."""
+    if work.spf is not None:
+        return (shape.query_size + shape.hidden_size) * n_blocks(linears)
+    return sum(linear.n_members * linear.n_in + linear.n_out for linear in linears if not linear.is_head)
+
+
+def adapter_flops(shape: ModelShape, linears: Iterable[LinearShape], work: Workload) -> float:
+    """Of LoRA, a token: forwards 2 operations a number, backwards 2 for its gradient and 2 for the input's. Of SPF's
+    rows 2 for their gradient; all else of them is in the linears.
 
     Products of few columns are bound by memory: they count as of 32.
     """
-    columns = max(rank, _SKINNY_COLUMNS) if rank else 0
-    return 6.0 * columns * sum(each.n_members * each.n_in + each.n_out for each in linears if not each.is_head)
+    linears = tuple(linears)
+    columns = max(work.rank, _SKINNY_COLUMNS) if work.rank else 0
+    return 6.0 * columns * lora_sides(shape, linears, work) + 2.0 * n_spf_rows(shape, linears, work)
 
 
 def sequence_length(shape: ModelShape, work: Workload) -> int:
@@ -97,14 +118,15 @@ def attention_flops(shape: ModelShape, work: Workload) -> float:
     return 14.0 * (sequence_length(shape, work) + work.prefix_tokens) * shape.query_size
 
 
-def kept_elements(shape: ModelShape, linears: Iterable[LinearShape], rank: int) -> float:
+def kept_elements(shape: ModelShape, linears: Iterable[LinearShape], work: Workload) -> float:
     """Numbers that backward needs of a token, in the blocks of `linears`; docs/plan.md section 3.
 
-    What each linear reads (for LoRA) and gives (for attention and the activation), LoRA's inner features, and in each
-    block what two norms keep, 2 hidden each. Checked against torch in tests.
+    What each linear reads (for LoRA and SPF) and gives (for attention and the activation), LoRA's inner features, and
+    in each block what two norms keep, 2 hidden each. Checked against torch in tests.
     """
     inside = [linear for linear in linears if not linear.is_head]
-    features = sum(linear.n_in + linear.n_out + rank * linear.n_members for linear in inside)
+    n_lora = sum(linear.n_members for linear in inside) if work.spf is None else n_blocks(inside)
+    features = sum(linear.n_in + linear.n_out for linear in inside) + work.rank * n_lora
     return features + 4.0 * shape.hidden_size * n_blocks(inside)
 
 
@@ -113,10 +135,11 @@ def rest_seconds(shape: ModelShape, linears: tuple[LinearShape, ...], work: Work
 
     Element-wise steps are taken to be bound by memory: so many passes over what backward needs, and over the logits.
     """
-    flops = attention_flops(shape, work) * n_blocks(linears) + adapter_flops(linears, work.rank)
+    flops = attention_flops(shape, work) * n_blocks(linears) + adapter_flops(shape, linears, work)
     logits = sum(linear.n_out for linear in linears if linear.is_head)
-    passed = _ELEMENTWISE_PASSES * (kept_elements(shape, linears, work.rank) + logits)
-    stepped = _ADAMW_PASSES * n_adapter(shape, linears, work) / work.n_tokens
+    passed = _ELEMENTWISE_PASSES * (kept_elements(shape, linears, work) + logits)
+    n_trained = n_adapter(shape, linears, work) + n_spf_rows(shape, linears, work)
+    stepped = _ADAMW_PASSES * n_trained / work.n_tokens
     return flops / rates.flop_s + _FLOAT_BYTES * (passed + stepped) / rates.byte_s
 
 
@@ -129,7 +152,8 @@ def forward_seconds(shape: ModelShape, linears: tuple[LinearShape, ...], work: W
     """A token's time on a near side, which only goes forward: products, its part of attention's, two passes."""
     attention = _FORWARD_OF_ATTENTION * attention_flops(shape, work) * n_blocks(linears)
     flops = sum(2.0 * linear.n_weights for linear in linears) + attention
-    return flops / rates.flop_s + 2 * _FLOAT_BYTES * kept_elements(shape, linears, 0) / rates.byte_s
+    kept = kept_elements(shape, linears, replace(work, rank=0, spf=None))
+    return flops / rates.flop_s + 2 * _FLOAT_BYTES * kept / rates.byte_s
 
 
 # --- masked layers ----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from cloister.pad import PadMode
 
-from ._estimate_cost import ANSWER_BYTES, N_PLANES, N_WEIGHT_PLANES, kept_elements, n_adapter
+from ._estimate_cost import ANSWER_BYTES, N_PLANES, N_WEIGHT_PLANES, kept_elements, n_adapter, n_spf_rows
 from ._estimate_shapes import LinearShape, ModelShape, Workload
 from ._machine import Machine
 
@@ -28,6 +28,7 @@ _FLOAT_BYTES = 4
 _KEPT_BYTES = 2  # of an integer weight, which the accelerator's client keeps for `revive`; public, and yet inside
 _WORD_BYTES = 8  # of a check key, for each input and each output
 _ADAMW_BYTES = 16  # of a number that trains: itself, its gradient and two moments in fp32
+_ROW_BYTES = 12  # the same of SPF's rows, which are among the weights already
 _LOGIT_COPIES = 3  # logits, their log-softmax and their gradient
 
 
@@ -109,10 +110,8 @@ def _no_linears(shape: ModelShape) -> int:
 
 
 def _training(shape: ModelShape, linears: tuple[LinearShape, ...], work: Workload) -> Bill:
-    """Activations of a batch that backward needs, and LoRA with its gradients and AdamW's moments, all fp32."""
+    """Activations of a batch that backward needs, and what trains with its gradients and AdamW's moments, all fp32."""
     logits = sum(linear.n_out for linear in linears if linear.is_head)
-    kept = kept_elements(shape, linears, work.rank) + _LOGIT_COPIES * logits
-    return {
-        "activations": round(_FLOAT_BYTES * work.n_tokens * kept),
-        "adapter and optimiser": _ADAMW_BYTES * n_adapter(shape, linears, work),
-    }
+    kept = kept_elements(shape, linears, work) + _LOGIT_COPIES * logits
+    adapter = _ADAMW_BYTES * n_adapter(shape, linears, work) + _ROW_BYTES * n_spf_rows(shape, linears, work)
+    return {"activations": round(_FLOAT_BYTES * work.n_tokens * kept), "adapter and optimiser": adapter}

@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cloister.adapters import SpfSpec
 from cloister.errors import ConfigError, Problem
 
 from ._estimate import Estimate, estimate
-from ._estimate_shapes import LinearShape, ModelShape, Workload
+from ._estimate_shapes import LinearShape, ModelShape, UnitShape, Workload
 from ._machine import Machine
 
 if TYPE_CHECKING:
     from cloister.slicing import BackboneInfo
 
+SPF = SpfSpec()
 _MIB = 1 << 20
 _MOST = {"tokens": 1 << 20, "rank": 1024, "prefix-tokens": 1 << 16, "clients": 1000}
 
@@ -26,6 +28,8 @@ def plan_model(
     cut_layer: int | None = None,
     rank: int = 8,
     prefix_tokens: int = 0,
+    heads: float = SPF.heads,
+    neurons: float = SPF.neurons,
     n_clients: int = 3,
     feature_bytes: int = 2048 * _MIB,
 ) -> Estimate:
@@ -38,11 +42,13 @@ def plan_model(
         cut_layer: Method 2's near-side blocks; half of them where it is None.
         rank: of LoRA on every linear of the blocks.
         prefix_tokens: train a prefix of so many tokens in place of LoRA, where that is above 0.
+        heads, neurons: shares that SPF trains, in Method 2 with SPF + LoRA.
         n_clients: institutions.
         feature_bytes: what Method 2's server may keep of decrypted features.
 
     Raises:
         ConfigError: a number out of range; all of them at once.
+        AdapterError: a share of SPF is out of range or selects nothing.
         ModelError: there is no such model, or the cut is outside of its layers.
         UnsupportedFamilyError: slicing has not been proven on its family or variant.
     """
@@ -65,6 +71,7 @@ def plan_model(
         cut_layer=resolve_cut(info, cut_layer),
         n_clients=n_clients,
         feature_bytes=feature_bytes,
+        spf=SpfSpec(heads=heads, neurons=neurons, r=rank),
     )
     return estimate(read_shape(info), machine, work)
 
@@ -100,6 +107,7 @@ def read_shape(info: BackboneInfo) -> ModelShape:
             )
             for group in found.groups
         ),
+        units=tuple(UnitShape(name, *numbers) for name, numbers in found.units.items()),
         n_embedding=found.n_embedding,
         n_other=found.n_in_blocks / info.n_layers,
         n_after=found.n_outside,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from cloister.adapters import PartName, SpfSpec
 from cloister.pad import PadMode
 
 SMALLEST_SIDE = 32
@@ -50,6 +51,21 @@ class LinearShape:
 
 
 @dataclass(frozen=True)
+class UnitShape:
+    """What SPF chooses from in every block: its head groups, or its neurons.
+
+    Attributes:
+        name: "heads" or "neurons".
+        n_units: in a block.
+        n_numbers: weights in the rows of one unit, over all linears that have rows of it.
+    """
+
+    name: PartName
+    n_units: int
+    n_numbers: int
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """A backbone in numbers.
 
@@ -64,6 +80,7 @@ class ModelShape:
         is_encoder: every token attends to all others; there is no language-model head.
         has_tied_head: the head's weight is the embedding's.
         linears: in the order of the model.
+        units: head groups and neurons, of each block; empty where SPF does not know the layout.
         n_embedding: parameters of the embeddings, of tokens, positions and types, that a lookup reads.
         n_other: parameters of each block that are no linear's weight: norms and biases; the mean over the blocks.
         n_after: the same after the last block.
@@ -80,6 +97,7 @@ class ModelShape:
     is_encoder: bool
     has_tied_head: bool
     linears: tuple[LinearShape, ...]
+    units: tuple[UnitShape, ...]
     n_embedding: int
     n_other: float
     n_after: int
@@ -129,6 +147,7 @@ class Workload:
         cut_layer: Method 2's number of near-side blocks.
         n_clients: institutions.
         feature_bytes: what Method 2's server keeps of decrypted features (`enclave.memory_budget_bytes`).
+        spf: train SPF's rows, and LoRA on the attentions' output projections alone; None for LoRA or a prefix.
     """
 
     n_tokens: int
@@ -137,3 +156,4 @@ class Workload:
     cut_layer: int
     n_clients: int
     feature_bytes: int
+    spf: SpfSpec | None = None

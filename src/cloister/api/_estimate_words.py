@@ -165,6 +165,7 @@ def _method2(found: Estimate) -> Iterator[str]:
         )
         if enclave.tee == "sgx":
             yield _SGX_PAGING
+    yield from _spf(found)
     if split.upload_tokens_per_s < split.tokens_per_s:
         yield (
             f"The network brings {_speed(split.upload_tokens_per_s)}, less than one pass of training takes in: "
@@ -173,6 +174,22 @@ def _method2(found: Estimate) -> Iterator[str]:
     near = split.near_tokens_per_s
     if near is not None and near * found.work.n_clients < split.tokens_per_s:
         yield "All clients together compute their near sides more slowly than the server trains: the first epoch waits."
+
+
+def _spf(found: Estimate) -> Iterator[str]:
+    split, spf = found.split, found.split_spf
+    if spf is None:
+        if not found.model.units:
+            yield "SPF does not know this model's layout of heads and neurons; LoRA works."
+        return
+    need, limit = memory.total(spf.memory), found.machine.enclave.memory_bytes
+    yield (
+        f"SPF + LoRA trains {spf.n_trained / split.n_trained:,.0f} times as many numbers, at "
+        f"{_times(spf.tokens_per_s / split.tokens_per_s)} the speed, in {human_bytes(need)} for "
+        f"{human_bytes(memory.total(split.memory))}."
+    )
+    if split.fits and not spf.fits:
+        yield f"That does not fit the server's enclave, which has {human_bytes(limit)}: train smaller shares."
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

@@ -175,6 +175,11 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     trained.add_argument(
         "--prefix-tokens", type=int, default=0, metavar="N", help="train a prefix (P-tuning v2) in place of LoRA"
     )
+    for part, of in (("heads", "head groups"), ("neurons", "feed-forward neurons")):
+        parser.add_argument(
+            f"--{part}", type=float, default=0.5, metavar="S",
+            help=f"share of the {of} that Method 2 trains with SPF (default: 0.5)",
+        )  # fmt: skip
     parser.add_argument("--clients", type=int, default=3, metavar="N", help="institutions (default: 3)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from cloister._format import human_bytes
 
 if TYPE_CHECKING:
-    from cloister.api import Estimate, Machine
+    from cloister.api import Estimate, Machine, SplitEstimate
 
 _WIDTH = 132  # where no terminal says how wide it is
 
@@ -35,6 +35,8 @@ def plan(args: argparse.Namespace) -> int:
         cut_layer=args.cut_layer,
         rank=args.rank,
         prefix_tokens=args.prefix_tokens,
+        heads=args.heads,
+        neurons=args.neurons,
         n_clients=args.clients,
     )
     if args.json:
@@ -110,12 +112,19 @@ def _speeds(found: Estimate) -> Table:
             *map(_ratio, ratios), _size(sum(row.memory.values())), fits,
         )  # fmt: skip
     table.add_section()
-    split = found.split
-    ratios = [*split.times_tee.values(), split.times_plain]
-    fits = "yes" if split.fits else "NO"
-    size = _size(sum(split.memory.values()))
-    table.add_row("Method 2, far side", _speed(split.tokens_per_s), "", *map(_ratio, ratios), size, fits)
+    for name, split in _splits(found).items():
+        ratios = [*split.times_tee.values(), split.times_plain]
+        size = _size(sum(split.memory.values()))
+        table.add_row(
+            f"{name}, far side", _speed(split.tokens_per_s), "", *map(_ratio, ratios), size,
+            "yes" if split.fits else "NO",
+        )  # fmt: skip
     return table
+
+
+def _splits(found: Estimate) -> dict[str, SplitEstimate]:
+    named = {"Method 2": found.split, "Method 2, SPF": found.split_spf}
+    return {name: split for name, split in named.items() if split is not None}
 
 
 def _bytes(found: Estimate) -> Table:
@@ -138,7 +147,7 @@ def _bytes(found: Estimate) -> Table:
 def _memory(found: Estimate) -> Table:
     bills = {"TEE fp32": found.inside["fp32"].memory}
     bills |= {f"{row.pad.value} {row.format}": row.memory for row in found.masked}
-    bills["Method 2"] = found.split.memory
+    bills |= {name: split.memory for name, split in _splits(found).items()}
     table = _table("Memory of the enclave", "", *bills)
     for name in dict.fromkeys(name for bill in bills.values() for name in bill):
         table.add_row(name, *(_size(bill.get(name, 0)) for bill in bills.values()))

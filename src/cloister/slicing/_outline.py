@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from cloister.errors import ModelError
+from cloister.adapters import PartName, spf_units
+from cloister.errors import ModelError, UnsupportedLayerError
 from cloister.slicing._backbone import BackboneInfo, config_folder, first_line, load_config
 from cloister.slicing._families import FAMILIES
 from cloister.slicing._frozen_linears import fused
@@ -48,6 +49,8 @@ class Outline:
         n_embedding: parameters of the embeddings.
         n_in_blocks: parameters of the blocks that are no linear's weight: norms and biases.
         n_outside: the same of everything else.
+        units: how many head groups and neurons a block has, and the weights of each one's rows (`adapters.spf_units`);
+            empty where SPF does not know the layout.
     """
 
     groups: tuple[LinearGroup, ...]
@@ -57,6 +60,7 @@ class Outline:
     n_embedding: int
     n_in_blocks: int
     n_outside: int
+    units: Mapping[PartName, tuple[int, int]]
 
 
 def outline_backbone(info: BackboneInfo) -> Outline:
@@ -93,7 +97,15 @@ def outline_backbone(info: BackboneInfo) -> Outline:
         n_embedding=_count(embeddings.values()),
         n_in_blocks=_count(in_blocks.values()),
         n_outside=_count(others.values()),
+        units=_units(blocks[0]),
     )
+
+
+def _units(block: nn.Module) -> Mapping[PartName, tuple[int, int]]:
+    try:
+        return spf_units(block)
+    except UnsupportedLayerError:
+        return {}
 
 
 def empty_blocks(info: BackboneInfo, start: int) -> nn.ModuleList:

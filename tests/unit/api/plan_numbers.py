@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cloister.api._estimate_shapes import LinearShape, ModelShape, Workload
+from cloister.api._estimate_shapes import LinearShape, ModelShape, UnitShape, Workload
 from cloister.api._machine import AcceleratorSpec, EnclaveSpec, KernelSpec, LinkSpec, Machine
 
 
@@ -23,6 +23,7 @@ def llama(hidden: int, inner: int, n_layers: int, vocab: int, *, kv: int | None 
     return ModelShape(
         path="a-llama", family="llama", n_layers=n_layers, hidden_size=hidden, query_size=hidden, kv_size=kv,
         vocab_size=vocab, max_length=4096, is_encoder=False, has_tied_head=False, linears=tuple(linears),
+        units=(UnitShape("heads", 4, (hidden + 2 * kv) // 4 * hidden), UnitShape("neurons", inner, 2 * hidden)),
         n_embedding=vocab * hidden, n_other=2 * hidden, n_after=hidden,
     )  # fmt: skip
 

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from tests.unit.api.plan_numbers import FREE, LLAMA_7B, WORK, endless, llama, machine_of
 
+from cloister.adapters import SpfSpec
 from cloister.api import _estimate_cost as cost
 from cloister.api import _estimate_memory as memory
 from cloister.api import _estimate_shapes as shapes
 from cloister.api._estimate import estimate
 from cloister.api._estimate_shapes import LinearShape
 from cloister.api._machine import KernelSpec, LinkSpec
+from cloister.errors import AdapterError
 from cloister.pad import Direction, PadMode
 
 TINY = llama(256, 512, 2, 1000, kv=128)
@@ -130,8 +132,8 @@ def test_operations_of_a_block_by_hand():
     numbers = 8 * ((3 * 256 + 512) + (256 + 256) + (2 * 256 + 1024) + (512 + 256))
     assert cost.n_adapter(TINY, block, WORK) == numbers
     # A rank below 32 takes as long as 32.
-    assert cost.adapter_flops(block, 8) == cost.adapter_flops(block, 32) == 6 * numbers * 4
-    assert cost.adapter_flops(block, 64) == 6 * numbers * 8
+    flops = {rank: cost.adapter_flops(TINY, block, replace(WORK, rank=rank)) for rank in (8, 32, 64)}
+    assert flops == {8: 6 * numbers * 4, 32: 6 * numbers * 4, 64: 6 * numbers * 8}
     # Two products of 512 tokens by 256 features forwards, five backwards.
     assert cost.attention_flops(TINY, WORK) == 7 * 2 * 512 * 256
     assert cost.attention_flops(replace(TINY, max_length=100), WORK) == 7 * 2 * 100 * 256
@@ -140,15 +142,47 @@ def test_operations_of_a_block_by_hand():
 def test_a_prefix_in_place_of_lora():
     prefix = replace(WORK, rank=0, prefix_tokens=16)
     assert cost.n_adapter(TINY, TINY.linears, prefix) == 16 * 2 * 128 * 2
-    assert cost.adapter_flops(TINY.linears, 0) == 0
+    assert cost.adapter_flops(TINY, TINY.linears, prefix) == 0
     assert cost.attention_flops(TINY, prefix) == 7 * 2 * (512 + 16) * 256
+
+
+def test_spf_trains_rows_in_place_and_lora_on_one_projection_of_a_block():
+    spf = replace(WORK, spf=SpfSpec(heads=0.25, neurons=0.5))
+    block = TINY.linears[4:8]
+    # One of four head groups: 64 query, 32 key and 32 value rows of 256. 256 of 512 neurons: gate and up rows of 256.
+    rows = 128 * 256 + 256 * 2 * 256
+    assert (cost.n_spf_rows(TINY, block, WORK), cost.n_spf_rows(TINY, block, spf)) == (0, rows)
+    assert cost.n_adapter(TINY, block, spf) == 8 * (256 + 256)
+    assert cost.adapter_flops(TINY, block, spf) == 6 * 32 * (256 + 256) + 2 * rows
+    assert cost.kept_elements(TINY, block, spf) == cost.kept_elements(TINY, block, WORK) - 8 * (7 - 1)
+    bill = memory.far_bill(TINY, machine_of(), spf)
+    assert bill["adapter and optimiser"] == 16 * 8 * (256 + 256) + 12 * rows
+    with pytest.raises(AdapterError, match=r"heads = 0\.01 selects none of a block's 4 head groups"):
+        cost.n_spf_rows(TINY, block, replace(WORK, spf=SpfSpec(heads=0.01)))
+
+
+@pytest.mark.parametrize("family", ["bert", "gemma", "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"])
+def test_what_spf_trains_is_what_a_far_side_trains(family: str, tmp_path: Path):
+    from cloister.adapters import add_spf, choose_support, n_trainable
+    from cloister.api._estimate_model import read_shape
+    from cloister.slicing import inspect_backbone, load_far
+    from cloister.testing import write_tiny_model
+
+    write_tiny_model(tmp_path, family)
+    info, spec = inspect_backbone(tmp_path), SpfSpec(heads=0.5, neurons=0.25, r=4)
+    far = load_far(info, 1, task="sequence-classification", n_labels=3, pooling="last", seed=0)
+    add_spf(far, spec, choose_support(far.blocks, spec), seed=0)
+    shape, work = read_shape(info), replace(WORK, spf=spec)
+    found = estimate(shape, machine_of(), work).split_spf
+    head = sum(parameter.numel() for parameter in far.head.parameters())
+    assert found is not None and found.n_trained == n_trainable(far) - head
 
 
 def test_time_in_one_place_is_operations_and_passes_over_memory():
     block, rates = TINY.linears[:4], cost.Rates(flop_s=1e9, byte_s=1e6)
-    flops = cost.linear_flops(block) + cost.attention_flops(TINY, WORK) + cost.adapter_flops(block, 8)
+    flops = cost.linear_flops(block) + cost.attention_flops(TINY, WORK) + cost.adapter_flops(TINY, block, WORK)
     kept = (256 + 512 + 24) + (256 + 256 + 8) + (256 + 1024 + 16) + (512 + 256 + 8) + 4 * 256
-    assert cost.kept_elements(TINY, block, 8) == kept
+    assert cost.kept_elements(TINY, block, WORK) == kept
     moved = 4 * (6 * kept + 7 * cost.n_adapter(TINY, block, WORK) / 512)
     assert cost.plain_seconds(TINY, block, WORK, rates) == pytest.approx(flops / 1e9 + moved / 1e6)
     forward = 2 * sum(each.n_weights for each in block) + cost.attention_flops(TINY, WORK) * 2 / 7
@@ -412,5 +446,5 @@ def test_what_backward_keeps_is_what_torch_keeps(family: str, tmp_path: Path):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(torch.arange(64)[None] + 5)[0].sum()
     n_bytes = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
-    expected = 4 * 64 * cost.kept_elements(shape, [each for each in shape.linears if not each.is_head], 8)
+    expected = 4 * 64 * cost.kept_elements(shape, [each for each in shape.linears if not each.is_head], WORK)
     assert expected / 1.5 < n_bytes < expected * 1.5, n_bytes / expected

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 from tests.unit.api.plan_numbers import FREE, LLAMA_7B, WORK, endless, llama, machine_of
 
+from cloister.adapters import SpfSpec
 from cloister.api import Estimate, estimate_to_json, method1_words, method2_words, recommendation
 from cloister.api._estimate import estimate
 from cloister.api._machine import LinkSpec, Machine
@@ -119,6 +121,21 @@ def test_what_the_first_epoch_waits_for():
     assert "All clients" not in method2_words(estimate(BIG, fast, replace(late, cut_layer=0)))
 
 
+def test_what_spf_costs_beside_lora():
+    found = estimate(BIG, machine_of(), replace(WORK, cut_layer=16, spf=SpfSpec()))
+    assert found.split.fits and found.split_spf is not None and found.split_spf.fits
+    words = method2_words(found)
+    assert re.search(r"trains 1\d\d times as many numbers, at 0\.8\d?x the speed, in [\d.]+ GB for [\d.]+ GB\.", words)
+    between = machine_of(memory_bytes=sum(found.split.memory.values()))
+    tight = estimate(BIG, between, found.work)
+    assert "That does not fit the server's enclave" in method2_words(tight) and "It does not fit:" not in method2_words(
+        tight
+    )
+    assert "SPF" not in method2_words(found_on(machine_of()))
+    unknown = estimate(replace(BIG, units=()), machine_of(), found.work)
+    assert unknown.split_spf is None and "SPF does not know this model's layout" in method2_words(unknown)
+
+
 @pytest.mark.parametrize("confidential", [False, True])
 def test_json_has_every_number_and_every_word(confidential: bool):
     found = found_on(machine_of(kernels=DESIGN, accelerator=endless(confidential=confidential)), SMALL)
@@ -131,6 +148,7 @@ def test_json_has_every_number_and_every_word(confidential: bool):
         "baselines",
         "method1",
         "method2",
+        "method2_spf",
         "verdicts",
         "recommendation",
     ]

@@ -39,6 +39,7 @@ def test_tables_words_and_a_recommendation(model: str, capsys):
     for pad in ("otp", "otp-2", "lattice"):
         assert f"Method 1, {pad}, faithful" in out and f"accelerator, {pad}, fast, a token" in out
     assert "second accelerator, otp-2, a token" in out
+    assert "Method 2, far side" in out and "Method 2, SPF, far side" in out
     assert f"model    {model}: llama, " in out and "4 blocks of 64" in out
     assert "take the numbers as orders of magnitude" in out and "vendor: Intel" in out
     assert max(map(len, out.splitlines())) < 220
@@ -52,6 +53,7 @@ def test_json_is_the_same_numbers(model: str, capsys):
     assert data["version"] == 1 and data["machine"]["name"] == "laptop" and not data["machine"]["is_measured"]
     assert data["work"] == {
         "n_tokens": 64, "rank": 8, "prefix_tokens": 0, "cut_layer": 3, "n_clients": 5, "feature_bytes": 2**31,
+        "spf": {"heads": 0.5, "neurons": 0.5},
     }  # fmt: skip
     code, text, _ = planned(capsys, *args)
     assert data["recommendation"] in " ".join(text.split())
@@ -63,6 +65,17 @@ def test_a_prefix_in_place_of_lora(model: str, capsys):
     assert "a prefix of 16 tokens (4,096 numbers)" in out  # 16 tokens, key and value of 32, 4 blocks
     _, out, _ = planned(capsys, model, "--machine", "laptop", "--prefix-tokens", "16", "--json")
     assert json.loads(out)["work"]["rank"] == 0
+
+
+def test_shares_of_spf(model: str, capsys):
+    trained = {}
+    for share in ("0.25", "1"):
+        _, out, _ = planned(capsys, model, "--machine", "laptop", "--heads", share, "--neurons", share, "--json")
+        trained[share] = json.loads(out)["method2_spf"]["n_trained"]
+    # Two blocks: 2 head groups with 64 rows, 128 neurons with 2 each, of 64 numbers; a quarter of 2 is one, rounded.
+    assert trained == {"0.25": 2 * (64 * 64 + 32 * 2 * 64 + 8 * 128), "1": 2 * (128 * 64 + 128 * 2 * 64 + 8 * 128)}
+    code, out, err = planned(capsys, model, "--machine", "laptop", "--neurons", "0.001")
+    assert code == 13 and out == "" and "neurons = 0.001 selects none of a block's 128 neurons" in err
 
 
 def test_a_gpu_tee_has_its_row(model: str, capsys):
