@@ -37,12 +37,18 @@ def read(path: Path) -> Curves:
     return found
 
 
+def _by_share(by_criterion: dict[str, dict[float, list[float]]], criterion: str) -> list[tuple[float, list[float]]]:
+    """In order; all rows are the same rows whatever the criterion."""
+    everything = {share: found for share, found in by_criterion["l1"].items() if share == 1}
+    return sorted((everything | by_criterion[criterion]).items())
+
+
 def draw(curves: Curves, path: Path) -> None:
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "cloister", "font.size": 10})
     figure, panels = pyplot.subplots(1, len(curves), figsize=(4.2 * len(curves), 3.4), squeeze=False)
     for panel, (data, by_criterion) in zip(panels[0], sorted(curves.items()), strict=True):
         for criterion, color in CRITERIA.items():
-            by_share = sorted(by_criterion[criterion].items())
+            by_share = _by_share(by_criterion, criterion)
             shares = [share for share, _ in by_share]
             panel.plot(
                 shares, [statistics.fmean(v) for _, v in by_share], color=color, marker="o", ms=4, label=criterion
@@ -51,7 +57,7 @@ def draw(curves: Curves, path: Path) -> None:
                 shares, [min(v) for _, v in by_share], [max(v) for _, v in by_share], color=color, alpha=0.1
             )
         n = len(next(iter(by_criterion["l1"].values())))
-        panel.set(title=f"{data}, {n} seeds", xlabel="share of heads and neurons that train", ylabel="accuracy, points")
+        panel.set(title=f"{data}, {n} seed{'s' * (n > 1)}", xlabel="share of heads and neurons that train", ylabel="accuracy, points")
         panel.grid(alpha=0.3)
     panels[0][0].legend(frameon=False)
     figure.tight_layout()
@@ -71,7 +77,7 @@ def main() -> None:
     for data, by_criterion in sorted(curves.items()):
         print(f"{data}, accuracy by share: {', '.join(map(str, sorted(by_criterion['l1'])))}")
         for criterion in CRITERIA:
-            means = (f"{statistics.fmean(v):.1f}" for _, v in sorted(by_criterion[criterion].items()))
+            means = (f"{statistics.fmean(v):.1f}" for _, v in _by_share(by_criterion, criterion))
             print(f"  {criterion:9} {'  '.join(means)}")
     print(f"wrote {args.out}", file=sys.stderr)
 
