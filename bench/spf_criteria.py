@@ -57,7 +57,8 @@ def draw(curves: Curves, path: Path) -> None:
                 shares, [min(v) for _, v in by_share], [max(v) for _, v in by_share], color=color, alpha=0.1
             )
         n = len(next(iter(by_criterion["l1"].values())))
-        panel.set(title=f"{data}, {n} seed{'s' * (n > 1)}", xlabel="share of heads and neurons that train", ylabel="accuracy, points")
+        title = f"{data}, {n} seed{'s' * (n > 1)}"
+        panel.set(title=title, xlabel="share of heads and neurons that train", ylabel="accuracy, points")
         panel.grid(alpha=0.3)
     panels[0][0].legend(frameon=False)
     figure.tight_layout()
