@@ -272,7 +272,7 @@ def table(kept: Kept, names: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
     for (what, ours, peer), figure in ((pair, figure) for pair in PAIRS for figure in ("accuracy", "macro_f1")):
         for partition in PARTITIONS:
-            means: list[float] = []
+            means: list[tuple[float, float]] = []
             for name in names:
                 a, b = (kept.figures(name, partition, method, figure) for method in (ours, peer))
                 seeds = sorted(a.keys() & b.keys())
@@ -281,10 +281,10 @@ def table(kept: Kept, names: Sequence[str]) -> list[dict[str, Any]]:
                 sides = [a[seed] for seed in seeds], [b[seed] for seed in seeds]
                 goal = "difference within 0 or around 0" if ours == "secured" else ""
                 rows.append(difference(f"{figure}, {what}, {name}, {partition}", *sides, "points", goal))
-                means.append(statistics.fmean(x - y for x, y in zip(*sides, strict=True)))
+                means.append((statistics.fmean(sides[0]), statistics.fmean(sides[1])))
             if len(means) > 1:
                 label = f"{figure}, {what}, mean over {len(means)} data sets, {partition}"
-                rows.append(difference(label, means, [0.0] * len(means), "points"))
+                rows.append(difference(label, *map(list, zip(*means, strict=True)), "points"))
     return rows
 
 
