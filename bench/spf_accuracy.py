@@ -65,7 +65,7 @@ N_CLIENTS, N_TRAIN, EPOCHS, BATCH_SIZE, CUT, MAX_LENGTH = 5, 600, 3, 16, 3, 128
 TUNING_SEED = 1000
 LORA = LoraSpec(r=8, alpha=16)
 SPF = SpfSpec()
-LR = {"lora": 2e-3, "spf": 1e-3, "fedavg": 2e-3}
+LR = {"lora": 2e-3, "spf": 1e-3, "fedavg": 4e-3}
 RATES = {"lora": (1e-3, 2e-3, 4e-3), "spf": (5e-4, 1e-3, 2e-3), "fedavg": (2e-3, 4e-3, 8e-3)}
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 RUN_COLUMNS = ("data", "partition", "method", "seed", "split", "accuracy", "macro_f1", "commit")
