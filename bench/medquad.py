@@ -1,9 +1,10 @@
 """Short answers to health questions (medquad-qa) by a small Llama: SPF + LoRA, LoRA alone and FedAvg on Flower.
 
 `cloister compare` on recipes/medquad-five-sites with 1,500 of the 6,000 training questions, those of each web site at a
-site of its own (`natural`) or dealt out evenly (`iid`): whole runs, secured ones for Method 2 and plain Flower for FedAvg, each with the rate that
-`--tune` found best on the validation split. A ratio column holds the mean over seeds and its 95 % interval: of ratios
-of perplexity, and of differences of ROUGE-L in points over completions of 100 held-out questions.
+site of its own (`natural`) or dealt out evenly (`iid`): whole runs, secured ones for Method 2 and plain Flower for
+FedAvg, each with the rate that `--tune` found best on the validation split. A ratio column holds the mean over seeds
+and its 95 % interval: of ratios of perplexity, and of differences of ROUGE-L in points over completions of 100 held-out
+questions.
 
     python bench/medquad.py [--seeds 5] [--tune] [--quick] [--keep FOLDER] [--out bench/results/medquad.csv]
 
@@ -114,7 +115,8 @@ def main() -> None:
                 for figure, line in (("perplexity", row), ("ROUGE-L", difference)):
                     sides = [list(found[figure][method].values()) for method in (ours, peer)]
                     sign, unit = ("/", "") if line is row else ("-", "points")
-                    rows.append(line(f"{figure}, {METHODS[ours]} {sign} {METHODS[peer]}, {partition}", *sides, unit))
+                    label = f"{figure}, {METHODS[ours]} {sign} {METHODS[peer]}, {partition}"
+                    rows.append(line(label, sides[0], sides[1], unit))
             write_csv(out_path("medquad", args.out, quick=args.quick), rows)
 
 
