@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bench._masked import cpu_s_of
-from bench._sides import Rows, rows_of, write_rows
+from bench._sides import Rows, rows_of, sample_rows, write_rows
 from bench.peers.flower_lora import PeerJob
 
 from cloister.config import Job, load_job
@@ -206,7 +205,7 @@ def _shared_parts(data: str, *, quick: bool) -> tuple[tuple[str, ...], Iterator[
     if folder is None or not folder.is_dir():
         raise FileNotFoundError(f"no data set {data}: CLOISTER_SHARED names the folder of data")
     n_train, n_test = QUICK_SIZES if quick else SIZES[data]
-    train, test = _sample(folder / "train.jsonl", n_train), _sample(folder / "test.jsonl", n_test)
+    train, test = sample_rows(folder / "train.jsonl", n_train), sample_rows(folder / "test.jsonl", n_test)
     labels = tuple(json.loads((folder / "meta.json").read_text(encoding="utf-8"))["labels"])
 
     def parts() -> Iterator[tuple[str, Rows, Rows]]:
@@ -215,11 +214,6 @@ def _shared_parts(data: str, *, quick: bool) -> tuple[tuple[str, ...], Iterator[
             yield f"client-{i}", _plain(own), _plain(test[i::N_CLIENTS])
 
     return labels, parts()
-
-
-def _sample(path: Path, n: int) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return sorted(rows, key=lambda row: hashlib.sha256(row["id"].encode()).digest())[:n]
 
 
 def _plain(rows: Rows) -> list[dict[str, Any]]:

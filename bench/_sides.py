@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import subprocess
@@ -29,6 +30,16 @@ def rows_of(job: Job, client: Any, data: Any) -> list[dict[str, Any]]:
         data.path, columns=client.column_map(), task=job.task_spec(), split=data.split, where=data.where or None
     )
     return [{"text": example.text, "label": example.label} for example in dataset]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Every line of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def sample_rows(path: Path, n: int) -> list[dict[str, Any]]:
+    """The n lines with the smallest hash of their id: the same ones in every bench and run."""
+    return sorted(read_rows(path), key=lambda row: hashlib.sha256(row["id"].encode()).digest())[:n]
 
 
 def write_rows(path: Path, rows: Rows) -> Path:

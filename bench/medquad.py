@@ -14,7 +14,6 @@ Finished runs in `--keep` are not made again. Needs the project's data folder be
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench._common import REPOSITORY, difference, out_path, row, write_csv
-from bench._sides import work_folder, write_rows
+from bench._sides import sample_rows, work_folder, write_rows
 
 from cloister.api import compare
 from cloister.config import Job, load_job
@@ -46,10 +45,8 @@ def recipe(partition: str, folder: Path, tested: str = "test") -> Job:
     """The recipe's job on fewer training questions, those with the smallest hash of their id."""
     job = load_job(REPOSITORY / "recipes/medquad-five-sites" / RECIPES[partition])
     whole = Path(job.clients[0].datasets["train"].path)
-    rows = [json.loads(line) for line in whole.read_text(encoding="utf-8").splitlines()]
-    rows.sort(key=lambda row: hashlib.sha256(row["id"].encode()).digest())
     paths = {
-        "train": write_rows(folder / "train.jsonl", rows[:N_TRAIN]),
+        "train": write_rows(folder / "train.jsonl", sample_rows(whole, N_TRAIN)),
         "test": whole.with_name(f"{tested}.jsonl"),
     }
     clients = [

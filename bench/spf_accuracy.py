@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import json
 import math
 import statistics
@@ -37,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from bench._common import commit, difference, out_path, write_csv
-from bench._sides import work_folder, write_rows
+from bench._sides import read_rows, sample_rows, work_folder, write_rows
 from bench.peers.flower_in_process import answers, train_in_process
 from bench.peers.flower_lora import PeerJob
 
@@ -88,10 +87,8 @@ class Setting:
     @cache  # noqa: B019 - a setting lives as long as the process
     def rows(self, split: str) -> list[dict[str, Any]]:
         """Of the training split those with the smallest hash of their id; of others all."""
-        lines = (self.folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-        if split == "train":
-            rows = sorted(rows, key=lambda row: hashlib.sha256(row["id"].encode()).digest())[:N_TRAIN]
+        path = self.folder / f"{split}.jsonl"
+        rows = sample_rows(path, N_TRAIN) if split == "train" else read_rows(path)
         return rows[:96] if self.quick else rows
 
     @property

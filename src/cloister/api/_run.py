@@ -14,7 +14,7 @@ from cloister.errors import ConfigError, FederationError
 from cloister.pad import ASSUMPTIONS, PadMode
 from cloister.report import write_report, write_tensorboard
 
-from ._events import Event, OnEvent
+from ._events import OnEvent
 from ._folder import RunFolder, write_json
 from ._launch import Launch, Programs
 from ._result import RunResult, build_result
@@ -58,15 +58,8 @@ def run(
     job = folder.read_job()
     if serve and job.method.name == "enclave":
         raise ConfigError("no server enclave serves this method", hint="a client asks its own: `cloister predict`")
-    events: list[Event] = []
-
-    def note(event: Event) -> None:
-        events.append(event)
-        if on_event is not None:
-            on_event(event)
-
     started = time.monotonic()
-    with Launch(job, folder, on_event=note, programs=programs) as launch:
+    with Launch(job, folder, on_event=on_event or (lambda _event: None), programs=programs) as launch:
         policy = Policy.load(folder.policy)
         launch.emit("run", run_id=folder.run_id, run_dir=str(folder.path), job=job.name,
                     method=job.method.name, clients=list(job.client_names), **_pad_of(job),
@@ -80,7 +73,7 @@ def run(
             if on_tick is not None:
                 on_tick(launch)
             time.sleep(TICK_S)
-        result = _finish(job, folder, launch, events, wall_s=time.monotonic() - started)
+        result = _finish(job, folder, launch, wall_s=time.monotonic() - started)
         launch.emit("result", path=str(folder.result))
         if serve:
             _serve_until_interrupted(launch, folder)
@@ -109,7 +102,7 @@ def _resumed(job: Job | str | Path | None, resume: str | Path) -> RunFolder:
     return RunFolder.open(Path(resume))
 
 
-def _finish(job: Job, folder: RunFolder, launch: Launch, events: list[Event], *, wall_s: float) -> dict[str, Any]:
+def _finish(job: Job, folder: RunFolder, launch: Launch, *, wall_s: float) -> dict[str, Any]:
     """Writes result.json, report.html and the TensorBoard logs; with a resumed run, from all of its events."""
     report = _signed_report(job, folder)
     launch.emit("phase", phase="done", status="end")

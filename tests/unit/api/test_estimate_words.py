@@ -127,10 +127,8 @@ def test_what_spf_costs_beside_lora():
     words = method2_words(found)
     assert re.search(r"trains 1\d\d times as many numbers, at 0\.8\d?x the speed, in [\d.]+ GB for [\d.]+ GB\.", words)
     between = machine_of(memory_bytes=sum(found.split.memory.values()))
-    tight = estimate(BIG, between, found.work)
-    assert "That does not fit the server's enclave" in method2_words(tight) and "It does not fit:" not in method2_words(
-        tight
-    )
+    tight = method2_words(estimate(BIG, between, found.work))
+    assert "That does not fit the server's enclave" in tight and "It does not fit:" not in tight
     assert "SPF" not in method2_words(found_on(machine_of()))
     unknown = estimate(replace(BIG, units=()), machine_of(), found.work)
     assert unknown.split_spf is None and "SPF does not know this model's layout" in method2_words(unknown)
