@@ -2,9 +2,9 @@
 
 `cloister compare` on recipes/medquad-five-sites with 1,500 of the 6,000 training questions, those of each web site at a
 site of its own (`natural`) or dealt out evenly (`iid`): whole runs, secured ones for Method 2 and plain Flower for
-FedAvg, each with the rate that `--tune` found best on the validation split. A ratio column holds the mean over seeds
-and its 95 % interval: of ratios of perplexity, and of differences of ROUGE-L in points over completions of 100 held-out
-questions.
+FedAvg, each with the rate that `--tune` found best on the validation split. Beside the secured SPF + LoRA, the same
+training without any security (bench/_unsecured.py). A ratio column holds the mean over seeds and its 95 % interval: of
+ratios of perplexity, and of differences of ROUGE-L in points over completions of 100 held-out questions.
 
     python bench/medquad.py [--seeds 5] [--tune] [--quick] [--keep FOLDER] [--out bench/results/medquad.csv]
 
@@ -24,14 +24,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench._common import REPOSITORY, difference, out_path, row, write_csv
 from bench._sides import sample_rows, work_folder, write_rows
+from bench._unsecured import train_unsecured
 
 from cloister.api import compare
+from cloister.api._compare_data import held_out
+from cloister.api._compare_jobs import derive_job
+from cloister.api._predict import MAX_NEW_TOKENS
 from cloister.config import Job, load_job
 from cloister.evaluate import rouge_l_scores
 
 RECIPES = {"natural": "job.toml", "iid": "iid.toml"}
 METHODS = {"method2-spf": "SPF + LoRA", "method2-lora": "LoRA alone", "fedavg": "FedAvg on Flower"}
-PAIRS = (("method2-spf", "method2-lora"), ("method2-spf", "fedavg"), ("method2-lora", "fedavg"))
+UNSECURED = "unsecured"
+NAMES = METHODS | {UNSECURED: "the same without security"}
+PAIRS = (
+    ("method2-spf", "method2-lora"),
+    ("method2-spf", "fedavg"),
+    ("method2-lora", "fedavg"),
+    ("method2-spf", UNSECURED),
+)
 LR = {"method2-spf": 3e-3, "method2-lora": 3e-3, "fedavg": 3e-3}
 RATES = (3e-3, 1e-2, 3e-2)
 N_TRAIN = 1500
@@ -61,7 +72,7 @@ def recipe(partition: str, folder: Path, tested: str = "test") -> Job:
 
 def run(job: Job, folder: Path, seeds: list[int], lr: Mapping[str, float], *, quick: bool) -> Figures:
     """Every method with every seed, and what each came to."""
-    n = 4 if quick else N_QUESTIONS
+    n = n_questions(quick)
     found = compare(job, out=folder, methods=METHODS, seeds=seeds, generate=n, lr=lr, on_event=_tell)
     figures: Figures = {"perplexity": {}, "ROUGE-L": {}}
     for method in METHODS:
@@ -75,6 +86,22 @@ def run(job: Job, folder: Path, seeds: list[int], lr: Mapping[str, float], *, qu
             scores = rouge_l_scores(told["references"], told["completions"], ids=told["ids"], clients=told["clients"])
             figures["ROUGE-L"].setdefault(method, {})[seed] = 100 * scores.overall
     return figures
+
+
+def unsecured(job: Job, kept: Path, seed: int, *, quick: bool) -> dict[str, float]:
+    """SPF + LoRA's figures without any security; what is kept is not made again."""
+    if not kept.is_file():
+        trained = train_unsecured(derive_job(job, "method2-spf", seed, lr=LR["method2-spf"]))
+        asked = held_out(job, n_questions(quick))
+        ids, clients = [question.id for question in asked], [question.client for question in asked]
+        told = [trained.complete(str(question.asked), MAX_NEW_TOKENS) for question in asked]
+        scores = rouge_l_scores([question.reference for question in asked], told, ids=ids, clients=clients)
+        kept.write_text(json.dumps({"perplexity": trained.metric, "ROUGE-L": 100 * scores.overall}), encoding="utf-8")
+    return json.loads(kept.read_text(encoding="utf-8"))
+
+
+def n_questions(quick: bool) -> int:
+    return 4 if quick else N_QUESTIONS
 
 
 def _tell(event: Mapping[str, Any]) -> None:
@@ -107,12 +134,17 @@ def main() -> None:
             return
         for partition in ("natural",) if args.quick else RECIPES:
             seeds = list(range(1 if args.quick else args.seeds))
-            found = run(recipe(partition, folder), folder / partition, seeds, LR, quick=args.quick)
+            job = recipe(partition, folder)
+            found = run(job, folder / partition, seeds, LR, quick=args.quick)
+            for seed in seeds:
+                kept = folder / partition / f"{UNSECURED}-{seed}.json"
+                for figure, value in unsecured(job, kept, seed, quick=args.quick).items():
+                    found[figure].setdefault(UNSECURED, {})[seed] = value
             for ours, peer in PAIRS:
                 for figure, line in (("perplexity", row), ("ROUGE-L", difference)):
                     sides = [list(found[figure][method].values()) for method in (ours, peer)]
                     sign, unit = ("/", "") if line is row else ("-", "points")
-                    label = f"{figure}, {METHODS[ours]} {sign} {METHODS[peer]}, {partition}"
+                    label = f"{figure}, {NAMES[ours]} {sign} {NAMES[peer]}, {partition}"
                     rows.append(line(label, sides[0], sides[1], unit))
             write_csv(out_path("medquad", args.out, quick=args.quick), rows)
 

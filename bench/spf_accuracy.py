@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from bench._common import commit, difference, out_path, write_csv
 from bench._sides import read_rows, sample_rows, work_folder, write_rows
+from bench._unsecured import boundary_features
 from bench.peers.flower_in_process import answers, train_in_process
 from bench.peers.flower_lora import PeerJob
 
@@ -52,7 +53,6 @@ from cloister.train import (
     NearEncoder,
     TaskSpec,
     TrainSpec,
-    dequantize,
     evaluate,
     open_dataset,
 )
@@ -101,15 +101,10 @@ class Setting:
         with work_folder(None) as folder:
             path = write_rows(folder / f"{split}.jsonl", self.rows(split))
             dataset = open_dataset(path, columns=Columns(**self.columns), task=self.task)
-            examples = list(dataset)
-        encoder = NearEncoder(
-            load_near(self.info, CUT), load_tokenizer(self.info), self.task, model_max_length=self.info.max_length
-        )
-        found: dict[int, Feature] = {}
-        for batch in encoder.window(examples, dataset.place):
-            for item, block in zip(batch, encoder.blocks(batch), strict=True):
-                found[item.index] = Feature(item.index, dequantize(block), label=item.label)
-        return [found[i] for i in sorted(found)]
+            encoder = NearEncoder(
+                load_near(self.info, CUT), load_tokenizer(self.info), self.task, model_max_length=self.info.max_length
+            )
+            return boundary_features(encoder, dataset)
 
     def source(self, partition: str, tested: str) -> MemoryFeatures:
         """All clients' training examples, and one split as the first client's held-out ones."""
@@ -163,13 +158,14 @@ def run_fedavg(setting: Setting, partition: str, lr: float, seed: int, tested: s
             files += [write_rows(folder / f"{i}.jsonl", own)] if own else []
         rows = [plain(line) for line in setting.rows(tested)]
         job = PeerJob(
-            model=Path(setting.info.path), train=tuple(files), test=write_rows(folder / "tested.jsonl", rows),
+            # Its own test at the end would only ask everything twice.
+            model=Path(setting.info.path), train=tuple(files), test=write_rows(folder / "one.jsonl", rows[:1]),
             n_labels=len(setting.task.labels), max_length=MAX_LENGTH, r=LORA.r, alpha=LORA.alpha, lr=lr,
             batch_size=BATCH_SIZE, epochs=1 if setting.quick else EPOCHS, seed=seed,
             num_threads=torch.get_num_threads(),
         )  # fmt: skip
         train_in_process(job, folder)
-        predicted = answers(job, folder)
+        predicted = answers(replace(job, test=write_rows(folder / "tested.jsonl", rows)), folder)
     truth = [row["label"] for row in rows]
     right = statistics.fmean(a == b for a, b in zip(truth, predicted, strict=True))
     return {"accuracy": right, "macro_f1": macro_f1(truth, predicted)}
