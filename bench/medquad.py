@@ -43,8 +43,8 @@ PAIRS = (
     ("method2-lora", "fedavg"),
     ("method2-spf", UNSECURED),
 )
-LR = {"method2-spf": 3e-3, "method2-lora": 3e-3, "fedavg": 3e-3}
-RATES = (3e-3, 1e-2, 3e-2)
+LR = {"method2-spf": 1e-2, "method2-lora": 3e-2, "fedavg": 1e-2}
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 N_TRAIN = 1500
 N_QUESTIONS = 100
 TUNING_SEED = 1000
