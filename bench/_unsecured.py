@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from cloister.api._compare_data import client_datasets
+from cloister.api._predict import _complete
 from cloister.slicing import BackboneInfo, FarSide, inspect_backbone, load_far, load_near, load_tokenizer, resolve_cut
 from cloister.train import (
     Dataset,
@@ -19,9 +18,9 @@ from cloister.train import (
     decode_shard,
     dequantize,
     evaluate,
-    open_dataset,
     predict,
 )
+from cloister.train._encoder import label_tensor
 
 if TYPE_CHECKING:
     from cloister.config import Job
@@ -32,8 +31,7 @@ def boundary_features(encoder: NearEncoder, dataset: Dataset) -> list[Feature]:
     found: dict[int, Feature] = {}
     for batch in encoder.window(list(dataset), dataset.place):
         for item, block in zip(batch, encoder.blocks(batch), strict=True):
-            labels = None if item.labels is None else torch.tensor(item.labels)
-            found[item.index] = Feature(item.index, dequantize(block), label=item.label, labels=labels)
+            found[item.index] = Feature(item.index, dequantize(block), label=item.label, labels=label_tensor(item))
     return [found[i] for i in sorted(found)]
 
 
@@ -53,16 +51,15 @@ class Trained:
         """Of all clients' held-out examples."""
         return evaluate(self.far, self.source, self.task).value
 
+    def ask(self, question: bytes) -> list[dict[str, int]]:
+        """What an enclave would answer: the next token."""
+        body = decode_shard(question, hidden_size=self.info.hidden_size, task=self.task, labelled=False)
+        return [{"next_token": int(predict(self.far, [body.example(0)], self.task)[0])}]
+
     def complete(self, prompt: str, limit: int) -> str:
-        """Greedily, as `predict` asks an enclave: the near side over the growing text, one token at a time."""
-        made: list[int] = []
-        while len(made) < limit and (question := self.encoder.continued(prompt, made)) is not None:
-            body = decode_shard(question, hidden_size=self.info.hidden_size, task=self.task, labelled=False)
-            token = int(predict(self.far, [body.example(0)], self.task)[0])
-            if token == self.tokenizer.eos_token_id:
-                break
-            made.append(token)
-        return self.tokenizer.decode(made, skip_special_tokens=True)
+        """Greedily, by the loop of `cloister predict`."""
+        asked: Any = self
+        return _complete(prompt, self.encoder, asked, self.tokenizer, limit)["completion"]
 
 
 def train_unsecured(job: Job) -> Trained:
@@ -73,19 +70,13 @@ def train_unsecured(job: Job) -> Trained:
         load_near(info, cut), tokenizer, task, boundary=job.method.boundary, batch_size=job.method.near_batch_size,
         model_max_length=info.max_length,
     )  # fmt: skip
-    source = MemoryFeatures({client.name: _features_of(encoder, client) for client in job.clients})
+    source = MemoryFeatures(
+        {
+            name: {split: boundary_features(encoder, data) for split, data in client_datasets(job, name).items()}
+            for name in job.client_names
+        }
+    )
     far = load_far(info, cut, task=task.name, n_labels=len(task.labels) or None, pooling=task.pooling,
                    seed=job.training.seed)  # fmt: skip
     FarTrainer(far, job.train_spec(), job.far_adapter_spec(), task, source).train()
     return Trained(info, encoder, tokenizer, far, task, source)
-
-
-def _features_of(encoder: NearEncoder, client: Any) -> dict[str, Sequence[Feature]]:
-    return {
-        split: boundary_features(
-            encoder,
-            open_dataset(data.path, columns=client.column_map(), task=encoder.task, split=data.split,
-                         where=data.where or None),
-        )
-        for split, data in client.datasets.items()
-    }  # fmt: skip
