@@ -35,7 +35,6 @@ class FakeEnclave:
         self._lock = threading.Lock()
         self._n_rounds = n_rounds
         self._in_flight: set[str] = set()
-        self._courier = ""
         self.n_answers = dict.fromkeys(clients, 0)
         self.errors: list[str] = []
 
@@ -47,9 +46,7 @@ class FakeEnclave:
             if method == "deliver":
                 self._deliver(body["client"], body["blob"], body["error"])
                 return {}
-            if body["courier"] != self._courier:
-                self._courier = body["courier"]
-                self._in_flight.clear()
+            self._in_flight.intersection_update(body["carrying"])
             waiting = [c for c, n in self.n_answers.items() if n < self._n_rounds]
             send = [
                 {"client": c, "attempt": 0, "blob": self.blob(c), "timeout_s": 60.0}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -123,7 +122,6 @@ class ServerCourier:
         self._state = state
         self._clock = clock
         self._sleep = sleep
-        self._name = secrets.token_hex(8)
         self._nodes: dict[str, _Node] = {}
         self._nodes_stamp = 0
         self._n_superlink_losses = 0
@@ -263,11 +261,15 @@ class ServerCourier:
     def _ask(self) -> dict[str, Any] | None:
         there = [client for client, node in self._nodes.items() if node.node_id in self._online]
         try:
-            return self._call("poll", {"nodes": there, "courier": self._name})
+            return self._call("poll", {"nodes": there, "carrying": self._carrying()})
         except CloisterError as error:
             # It is being started again, or about to be: whoever started it watches it.
             _log.info("the server enclave does not answer: %s", error.cause)
             return None
+
+    def _carrying(self) -> list[str]:
+        """Clients whose message is in this courier's hands. The enclave hands out anew whatever else it had given."""
+        return sorted({*self._queue, *(sent.client for sent in self._sent.values())})
 
     def _deliver(self, client: str, attempt: int, blob: bytes | None, error: str | None) -> None:
         body = {"client": client, "attempt": attempt, "blob": blob, "error": error}

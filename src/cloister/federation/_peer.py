@@ -50,7 +50,7 @@ class Peer:
     Attributes:
         name: the client's name in the job.
         outstanding: envelope bytes (public: ciphertext or handshake flight) that wait for an answer.
-        in_flight: whether a courier has taken `outstanding` and not yet come back.
+        in_flight: whether `outstanding` was handed to a courier, which has not come back with an answer.
         failed: stable error code once the peer is out of the run.
         cause: what this side found of it then; empty where the client alone knows.
     """
@@ -79,7 +79,6 @@ class Peer:
         self.session: Session | None = None
         self.outstanding: bytes | None = None
         self.in_flight = False
-        self.taken_at = 0.0
         self.last_seen = now()
         self.failed = ""
         self.cause = ""

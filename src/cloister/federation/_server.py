@@ -43,7 +43,7 @@ Emit = Callable[..., None]
 """emit(event, **fields): tells the host something that is public by the job's own declaration."""
 
 LOST_MESSAGE_S = 60.0
-"""A message that a courier took and has not answered for this long is handed out again, unchanged."""
+"""How long a courier waits for a client's answer before it says that none came; then the message goes out again."""
 
 
 class ServerRun(ABC):
@@ -64,7 +64,6 @@ class ServerRun(ABC):
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._stop = threading.Event()
-        self._courier = ""
         key, counter = attester.sealing_key("run-state"), attester.counter()
         self._state = RunState.open(plan.work / "state.sealed", key, plan, counter)
         self._peers = {name: self._new_peer(name) for name in sorted(plan.node_keys)}
@@ -156,13 +155,12 @@ class ServerRun(ABC):
                 peer.close()
 
     def _poll(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        courier = str(body.get("courier", ""))
+        named = body.get("carrying")
+        carrying = named if isinstance(named, list) else []
         with self._lock:
-            if courier != self._courier:
-                # A new courier knows nothing of what the last one carried: hand everything out again, unchanged.
-                self._courier = courier
-                for peer in self._peers.values():
-                    peer.in_flight = False
+            for peer in self._peers.values():
+                # What was handed out and is not under way is lost: its courier died, or never read the answer.
+                peer.in_flight &= peer.name in carrying
             sends = [self._take(peer) for peer in self._peers.values() if self._has_something_for(peer)]
             self._relay_bytes += sum(len(send["blob"]) for send in sends)
             return {
@@ -178,8 +176,6 @@ class ServerRun(ABC):
     def _has_something_for(self, peer: Peer) -> bool:
         if peer.failed:
             return False
-        if peer.in_flight and self._now() - peer.taken_at > LOST_MESSAGE_S + self._plan.patience_s:
-            peer.in_flight = False
         if peer.outstanding is None:
             due = self._due(peer.name)
             if due is None:
@@ -192,7 +188,6 @@ class ServerRun(ABC):
 
     def _take(self, peer: Peer) -> dict[str, Any]:
         peer.in_flight = True
-        peer.taken_at = self._now()
         return {"client": peer.name, "attempt": 0, "blob": peer.outstanding, "timeout_s": LOST_MESSAGE_S}
 
     def _due(self, name: str) -> tuple[int, RecordMessage] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,23 +59,22 @@ class FakeRelay:
         return {}
 
     def _carry(self) -> None:
-        courier = uuid.uuid4().hex
         while not self._stop.is_set():
             try:
-                answer = host_call(
-                    self._server, "poll", {"courier": courier, "nodes": list(self._clients)}, timeout_s=5.0
-                )
+                asked = {"nodes": list(self._clients), "carrying": [thread.name for thread in self._threads]}
+                answer = host_call(self._server, "poll", asked, timeout_s=5.0)
             except CloisterError:
                 time.sleep(0.05)  # it is not up yet, or died in the middle of its answer
                 continue
             store = open_store(answer["store"], **answer["store_options"])
             for name in answer["fetch"]:
                 store.fetch(name, Path(answer["inbox"]) / name)
-            threads = [threading.Thread(target=self._deliver, args=(send,), daemon=True) for send in answer["send"]]
-            for thread in threads:
+            for send in answer["send"]:
+                thread = threading.Thread(target=self._deliver, args=(send,), name=send["client"], daemon=True)
                 thread.start()
-            self._threads = [t for t in [*self._threads, *threads] if t.is_alive()]
+                self._threads.append(thread)
             self._stop.wait(0.02)
+            self._threads = [thread for thread in self._threads if thread.is_alive()]
 
     def _deliver(self, send: Mapping[str, Any]) -> None:
         client = send["client"]

@@ -80,7 +80,7 @@ class World:
 
     def carry(self, n: int = 12) -> None:
         for _ in range(n):
-            for send in self.server.handle("poll", {"courier": "c"})["send"]:
+            for send in self.server.handle("poll", {"carrying": []})["send"]:
                 blob = self.client.handle("request", {"blob": send["blob"]})["blob"]
                 self.server.handle("deliver", {"client": send["client"], "blob": blob})
 
@@ -95,6 +95,14 @@ def test_both_enclaves_accept_each_other(tmp_path: Path):
     assert world.causes == [] and world.work.asked
     assert world.server._decisions["north"]["simulated"] is True
     assert [e["accepted"] for e in world.events if e["event"] == "evidence"] == [True]
+
+
+@pytest.mark.parametrize("lost", [{"carrying": []}, {"carrying": ["south"]}, {}, {"carrying": 5}], ids=str)
+def test_a_message_goes_out_again_unchanged_where_no_courier_carries_it(tmp_path: Path, lost: dict):
+    poll = World(tmp_path).server.handle
+    [first] = poll("poll", {"carrying": []})["send"]
+    assert poll("poll", {"carrying": ["north"]})["send"] == [], "it was handed out twice"
+    assert poll("poll", lost)["send"] == [first]
 
 
 def test_a_client_enclave_that_the_policy_does_not_list(tmp_path: Path):
