@@ -13,8 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench._common import source
+from bench._common import REPOSITORY, source
 from bench.peers.flower_lora import PeerJob
+
+from cloister.testing import shared_dir
 
 if TYPE_CHECKING:
     from cloister.config import Job
@@ -45,6 +47,19 @@ def sample_rows(path: Path, n: int) -> list[dict[str, Any]]:
 def write_rows(path: Path, rows: Rows) -> Path:
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
     return path
+
+
+def recipe_file(recipe: Path, folder: Path) -> Path | None:
+    """The recipe, or a copy of it in `folder` that names the data where they lie; None where there are none."""
+    shared = shared_dir()
+    if shared is None:
+        return None
+    if shared == REPOSITORY.parent / "shared":
+        return recipe
+    copy = folder / recipe.name
+    text = recipe.read_text(encoding="utf-8").replace("../../../shared/data", str(shared / "data"))
+    copy.write_text(text, encoding="utf-8")
+    return copy
 
 
 def in_child(script: Path, folder: Path, name: str, what: Mapping[str, Any]) -> dict[str, Any]:

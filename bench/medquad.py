@@ -8,7 +8,8 @@ ratios of perplexity, and of differences of ROUGE-L in points over completions o
 
     python bench/medquad.py [--seeds 5] [--tune] [--quick] [--keep FOLDER] [--out bench/results/medquad.csv]
 
-Finished runs in `--keep` are not made again. Needs the project's data folder beside the checkout (CLOISTER_SHARED).
+Finished runs in `--keep` are not made again. Needs the project's data folder (CLOISTER_SHARED, or `shared` beside the
+checkout).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench._common import REPOSITORY, difference, out_path, row, write_csv
-from bench._sides import sample_rows, work_folder, write_rows
+from bench._sides import recipe_file, sample_rows, work_folder, write_rows
 from bench._unsecured import train_unsecured
 
 from cloister.api import compare
@@ -54,7 +55,10 @@ Figures = dict[str, dict[str, dict[int, float]]]
 
 def recipe(partition: str, folder: Path, tested: str = "test") -> Job:
     """The recipe's job on fewer training questions, those with the smallest hash of their id."""
-    job = load_job(REPOSITORY / "recipes/medquad-five-sites" / RECIPES[partition])
+    found = recipe_file(REPOSITORY / "recipes/medquad-five-sites" / RECIPES[partition], folder)
+    if found is None:
+        sys.exit("error: no data folder\nhint: set CLOISTER_SHARED to the folder that holds data/datasets")
+    job = load_job(found)
     whole = Path(job.clients[0].datasets["train"].path)
     paths = {
         "train": write_rows(folder / "train.jsonl", sample_rows(whole, N_TRAIN)),

@@ -32,11 +32,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench._common import REPOSITORY, TreeWatch, load_average, out_path, row, write_csv
-from bench._sides import in_child, peer_job, rows_of, work_folder, write_result, write_rows
+from bench._sides import in_child, peer_job, recipe_file, rows_of, work_folder, write_result, write_rows
 from bench.peers.flower_lora import PeerJob, run_peer
 
 from cloister.config import Job, load_job
-from cloister.testing import shared_dir
 
 RECIPE = REPOSITORY / "recipes/hoc-five-institutions/job.toml"
 EPOCHS = 3
@@ -97,12 +96,12 @@ def make_setting(folder: Path, data: str, *, quick: bool) -> Setting:
     clients, every_test = [], []
     for client in job.clients:
         update: dict[str, Any] = {"columns": type(client.columns)()}
-        for split, data in client.datasets.items():
+        for split, part in client.datasets.items():
             limit = (QUICK_TRAIN if split == "train" else QUICK_TEST) if quick else None
-            rows = rows_of(job, client, data)[:limit]
+            rows = rows_of(job, client, part)[:limit]
             every_test += rows if split == "test" else []
             path = folder / f"{client.name}-{split}.jsonl"
-            update[split] = type(data)(path=str(write_rows(path, rows)))
+            update[split] = type(part)(path=str(write_rows(path, rows)))
         clients.append(client.model_copy(update=update))
     write_rows(folder / "test.jsonl", every_test)
     changed = {
@@ -114,14 +113,8 @@ def make_setting(folder: Path, data: str, *, quick: bool) -> Setting:
 
 
 def _job_file(folder: Path, data: str) -> Path:
-    shared = shared_dir()
-    if data == "hoc" and shared is not None and (shared / "data/datasets/hoc").is_dir():
-        if shared == REPOSITORY.parent / "shared":
-            return RECIPE
-        text = RECIPE.read_text(encoding="utf-8").replace("../../../shared/data", str(shared / "data"))
-        path = folder / "job.toml"
-        path.write_text(text, encoding="utf-8")
-        return path
+    if data == "hoc" and (found := recipe_file(RECIPE, folder)) is not None:
+        return found
     from cloister.cli._quickstart import write_quickstart
 
     if data == "hoc":
