@@ -99,7 +99,7 @@ def test_a_port_that_is_taken(tmp_path, capsys):
 
 
 def test_a_text_over_the_limit(tmp_path):
-    job = write_tiny_job(tmp_path, training=TRAINING)
+    job = write_tiny_job(tmp_path, clients=("beta",), training=TRAINING)
     with (tmp_path / "beta-train.jsonl").open("a") as file:
         file.write(json.dumps({"text": "sea " * 2000, "label": "blue"}) + "\n")
     with pytest.raises(DataError) as caught:
@@ -128,7 +128,7 @@ def test_a_shard_altered_by_one_byte(tmp_path):
         made.tamper = tamper
         return made
 
-    job = write_tiny_job(tmp_path, training=TRAINING, sections="[federation]\npatience_s = 0.2\n")
+    job = write_tiny_job(tmp_path, clients=("alpha",), training=TRAINING, sections="[federation]\npatience_s = 0.2\n")
     with pytest.raises(ShardMismatchError) as caught:
         run(job, runs_dir=tmp_path / "runs", programs=Programs(relay=relay))
     assert altered[0] in caught.value.cause
@@ -138,7 +138,7 @@ def test_a_shard_altered_by_one_byte(tmp_path):
 def test_a_full_disk_names_the_file_and_loses_nothing(tmp_path):
     """The store has no room for the second shard of one client; with room again, the run is resumed."""
     client = (sys.executable, "-c", _FULL_DISK)
-    job = write_tiny_job(tmp_path, training=TRAINING)
+    job = write_tiny_job(tmp_path, clients=("alpha",), training=TRAINING)
     with pytest.raises(StoreFullError) as caught:
         run(job, runs_dir=tmp_path / "runs", programs=Programs(client=client, relay=FakeRelay))
     assert "no space" in caught.value.cause.lower() and caught.value.hint and caught.value.exit_code == 7
