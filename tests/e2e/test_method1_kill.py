@@ -32,8 +32,6 @@ SECTIONS = """
 [method]
 name = "enclave"
 rounds = 4
-[federation]
-patience_s = 2.0
 [release]
 what = "adapter"
 """
