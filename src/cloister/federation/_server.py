@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 Emit = Callable[..., None]
 """emit(event, **fields): tells the host something that is public by the job's own declaration."""
 
-LOST_MESSAGE_S = 60.0
+ANSWER_TIMEOUT_S = 60.0
 """How long a courier waits for a client's answer before it says that none came; then the message goes out again."""
 
 
@@ -188,7 +188,7 @@ class ServerRun(ABC):
 
     def _take(self, peer: Peer) -> dict[str, Any]:
         peer.in_flight = True
-        return {"client": peer.name, "attempt": 0, "blob": peer.outstanding, "timeout_s": LOST_MESSAGE_S}
+        return {"client": peer.name, "attempt": 0, "blob": peer.outstanding, "timeout_s": ANSWER_TIMEOUT_S}
 
     def _due(self, name: str) -> tuple[int, RecordMessage] | None:
         if self._state.phase != "finish":
