@@ -40,7 +40,7 @@ def read(path: Path) -> Curves:
 def _by_share(by_criterion: dict[str, dict[float, list[float]]], criterion: str) -> list[tuple[float, list[float]]]:
     """In order; all rows are the same rows whatever the criterion."""
     everything = {share: found for share, found in by_criterion["l1"].items() if share == 1}
-    return sorted((everything | by_criterion[criterion]).items())
+    return sorted((by_criterion[criterion] | everything).items())
 
 
 def draw(curves: Curves, path: Path) -> None:
