@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,7 +59,9 @@ def test_kill_everything_once_in_each_phase(tmp_path: Path):
     events: list[dict] = []
     result = run(job, runs_dir=tmp_path / "runs", on_tick=killer, on_event=events.append)
     assert {(phase, name) for phase, name, _ in killer.killed} == expected, f"too soon over for {killer.victims}"
-    assert sum(event["event"] == "restart" for event in events) >= len(expected)
+    restarted = Counter(event["process"] for event in events if event["event"] == "restart")
+    # A ClientApp lives for one message; of one that had just ended by itself there is nothing to tell.
+    assert Counter(name for _, name, _ in killer.killed if not name.startswith("clientapp")) <= restarted
     assert result.metric == undisturbed.metric
     assert result.result["losses"] == undisturbed.result["losses"]
     assert result.result["n_examples"] == undisturbed.result["n_examples"]
